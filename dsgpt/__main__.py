@@ -1,0 +1,6 @@
+"""`python -m dsgpt` is the `dsgpt` command."""
+
+from dsgpt.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The commit protocol: a checkpoint is either wholly there or not there at all.
+
+A save writes into `.tmp-step-00001000-<attempt>/`; every file is fsynced and hashed by the rank that wrote it; rank 0
+writes `manifest.json` with all sizes and hashes, fsyncs, and renames the folder to `step-00001000`. **That rename is the
+commit.** There is no `latest` file: a pointer is one more thing that can lie, and a listing of one folder answers the
+same question. Deleting goes through a rename to `.trash-…`, so a half-deleted checkpoint is never seen either.
+
+Neither torch nor DeepSpeed is imported here: `dsgpt checkpoint ls` runs on a login node, and the protocol is attacked
+alone, thousands of times, by `python -m tests.faults protocol`.
+
+Growth: rank 0 writes one manifest with a line per file (about 200 bytes; 200 KB for 1,024 ranks) and one rename; no
+rank opens or stats another rank's file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsgpt.errors import CheckpointError, Problem
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_COMMITTED = re.compile(r"^step-(\d{8,})$")
+_CHUNK = 8 << 20
+
+
+def begin(checkpoints_dir: Path, step: int, attempt: str) -> Path:
+    """Make and return the temporary folder of a save. Called by rank 0; leftovers of the same attempt are removed."""
+    tmp = checkpoints_dir / f".tmp-step-{step:08d}-{attempt}"
+    if tmp.exists():
+        shutil.rmtree(tmp)
+    tmp.mkdir(parents=True)
+    return tmp
+
+
+def fsync_path(path: Path) -> None:
+    """Force a file or a folder's entries to storage."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_files(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Fsync and hash files this process wrote: {name: {"bytes": size, "sha256": hex}}."""
+    entries = {}
+    for name in names:
+        path = folder / name
+        fsync_path(path)
+        entries[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+    return entries
+
+
+def commit(checkpoints_dir: Path, tmp: Path, manifest: dict[str, Any]) -> Path:
+    """Write the manifest and rename `tmp` to its final name. `manifest` holds "step" and "files" (of `hash_files`).
+
+    Raises CheckpointError when that step is committed already: the older commit stays as it is.
+    """
+    final = checkpoints_dir / f"step-{manifest['step']:08d}"
+    if final.exists():
+        raise CheckpointError(f"step {manifest['step']} is committed already", seen=str(final), do="remove or rename it")
+    manifest = {"format_version": FORMAT_VERSION, **manifest}
+    path = tmp / MANIFEST
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    fsync_path(tmp)
+    os.rename(tmp, final)
+    fsync_path(checkpoints_dir)
+    return final
+
+
+def list_committed(checkpoints_dir: Path) -> list[tuple[int, Path]]:
+    """All committed checkpoints as (step, folder), oldest first. A folder without manifest is not one."""
+    if not checkpoints_dir.is_dir():
+        return []
+    found = []
+    for entry in os.scandir(checkpoints_dir):
+        match = _COMMITTED.match(entry.name)
+        if match and os.path.exists(os.path.join(entry.path, MANIFEST)):
+            found.append((int(match.group(1)), Path(entry.path)))
+    return sorted(found)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a committed checkpoint; raises CheckpointError when it is unreadable or of another version."""
+    path = checkpoint / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError("not a checkpoint: no manifest.json", seen=str(checkpoint)) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError("the manifest cannot be read", seen=f"{path}: {error}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError("the manifest is not one of dsgpt's", seen=str(path))
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"checkpoint format version {manifest.get('format_version')} is not the one this dsgpt reads",
+            seen=str(path),
+            do=f"use the dsgpt that wrote it ({manifest.get('versions', {}).get('dsgpt', 'unknown version')})",
+        )
+    return manifest
+
+
+def verify(checkpoint: Path, mode: str = "hash", only: Sequence[str] | None = None) -> list[Problem]:
+    """Check files against the manifest, all or the named ones; `mode` is "hash" or "size". No problem: an empty list."""
+    try:
+        files = read_manifest(checkpoint)["files"]
+    except CheckpointError as error:
+        return error.problems
+    problems = []
+    for name in files if only is None else only:
+        entry = files.get(name)
+        if entry is None:
+            problems.append(Problem("file missing from the manifest", seen=name))
+            continue
+        if os.path.basename(name) != name or name in (os.curdir, os.pardir):
+            problems.append(Problem("file name leaves the checkpoint", seen=name))
+            continue
+        path = checkpoint / name
+        try:
+            if path.is_symlink() or not path.is_file():
+                problems.append(Problem("file missing or not a plain file", seen=str(path)))
+            elif path.stat().st_size != entry["bytes"]:
+                problems.append(Problem("file size differs", seen=f"{path}: {path.stat().st_size}, not {entry['bytes']}"))
+            elif mode == "hash" and hash_file(path) != entry["sha256"]:
+                problems.append(Problem("file content differs from its hash", seen=str(path)))
+        except OSError as error:
+            problems.append(Problem("file cannot be read", seen=f"{path}: {error}"))
+    return problems
+
+
+def prune(checkpoints_dir: Path, keep_last: int) -> list[int]:
+    """Delete all but the newest `keep_last` checkpoints (0 keeps all) and what crashed saves and deletes left behind.
+
+    The newest checkpoint that verifies by size is never deleted, whatever the count. Returns the deleted steps.
+    """
+    if not checkpoints_dir.is_dir():
+        return []
+    for entry in list(os.scandir(checkpoints_dir)):
+        if entry.name.startswith(".trash-"):
+            shutil.rmtree(entry.path, ignore_errors=True)
+    committed = list_committed(checkpoints_dir)
+    if keep_last <= 0 or len(committed) <= keep_last:
+        return []
+    newest_good = next((step for step, path in reversed(committed) if not verify(path, mode="size")), None)
+    deleted = []
+    for step, path in committed[:-keep_last]:
+        if step == newest_good:
+            continue
+        trash = checkpoints_dir / f".trash-{path.name}-{os.getpid()}"
+        os.rename(path, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+        deleted.append(step)
+    fsync_path(checkpoints_dir)
+    return deleted
+
+
+def remove_unfinished(checkpoints_dir: Path) -> list[str]:
+    """Remove temporary folders of saves that never committed. Called once at start by the one job that owns the run."""
+    removed = []
+    if checkpoints_dir.is_dir():
+        for entry in list(os.scandir(checkpoints_dir)):
+            if entry.name.startswith(".tmp-step-"):
+                shutil.rmtree(entry.path, ignore_errors=True)
+                removed.append(entry.name)
+    return removed

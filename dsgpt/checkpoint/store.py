@@ -1,0 +1,164 @@
+"""Saving and reading checkpoints: every rank its own partition, indexed by parameter name and range.
+
+Layout of `checkpoints/step-00001000/`:
+
+    manifest.json                 counters, model, fingerprints, versions, sizes and hashes, where each range lies
+    rank-00000.safetensors        this rank's fragments: "<kind>:<parameter>", kind = master, exp_avg, exp_avg_sq
+
+A checkpoint holds 12 bytes per parameter with AdamW; low-precision copies are recomputed from the masters. Nothing in it
+can execute. `CheckpointReader` reads any range of any parameter, whatever topology wrote it.
+
+Growth: each rank writes and hashes only its own file, in parallel. The index in the manifest has one entry per fragment
+at ZeRO 1-2 (parameters + ranks) and one number per parameter at ZeRO 0 and 3, where all ranks hold equal pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dsgpt.checkpoint import commit
+from dsgpt.checkpoint.reader import CheckpointReader, partition_file
+from dsgpt.distributed import World
+from dsgpt.engine import Engine, Fragment
+from dsgpt.errors import CheckpointError
+
+
+def save_checkpoint(
+    engine: Engine, world: World, checkpoints_dir: Path, attempt: str, manifest: Mapping[str, Any]
+) -> Path | None:
+    """Write and commit one checkpoint; all ranks call it. Returns its folder.
+
+    Raises on every rank when any rank failed; then nothing is committed and the temporary folder is removed.
+    `manifest` is rank 0's; it holds at least "step".
+    """
+    step = manifest["step"]
+    folder = _begin(world, checkpoints_dir, step, attempt)
+    fragments = engine.fragments()
+    written, error = {}, None
+    try:
+        written = _write_partition(engine, folder, world.rank, fragments)
+    except (OSError, RuntimeError) as failure:
+        error = CheckpointError(f"rank {world.rank} could not write its partition", seen=str(failure))
+    ranges = [(f.name, f.start, f.numel) for f in fragments] if engine.stage in (1, 2) else None
+    gathered = world.gather_objects((written, ranges, str(error) if error else None))
+    final, failure = None, None
+    if world.is_main:
+        failures = [text for _, _, text in gathered if text]
+        try:
+            if failures:
+                raise CheckpointError(f"the checkpoint of step {step} was not written", seen="; ".join(failures))
+            files = {name: entry for part, _, _ in gathered for name, entry in part.items()}
+            index = _index(engine, world, [ranges for _, ranges, _ in gathered])
+            final = commit.commit(checkpoints_dir, folder, {**manifest, "files": files, "parameters": index})
+        except (OSError, CheckpointError) as problem:
+            failure = problem
+            shutil.rmtree(folder, ignore_errors=True)
+    world.agree(failure, f"the commit of step {step}")
+    return final
+
+
+def _begin(world: World, checkpoints_dir: Path, step: int, attempt: str) -> Path:
+    """Rank 0 makes the temporary folder; no rank writes before it is there."""
+    folder, error = None, None
+    if world.is_main:
+        try:
+            folder = str(commit.begin(checkpoints_dir, step, attempt))
+        except OSError as problem:
+            error = CheckpointError("the checkpoint folder cannot be made", seen=str(problem))
+    world.agree(error, f"beginning the checkpoint of step {step}")
+    return Path(world.broadcast_object(folder))
+
+
+def _write_partition(engine: Engine, folder: Path, rank: int, fragments: Sequence[Fragment]) -> dict[str, Any]:
+    tensors = {
+        f"{kind}:{fragment.name}": engine.read(fragment, kind).detach().to("cpu", torch.float32).contiguous()
+        for fragment in fragments
+        for kind in engine.state_kinds
+    }
+    starts = {fragment.name: fragment.start for fragment in fragments}
+    name = partition_file(rank)
+    save_file(tensors, folder / name, metadata={"format": "pt", "starts": json.dumps(starts)})
+    return commit.hash_files(folder, [name])
+
+
+def _index(engine: Engine, world: World, ranges: Sequence[Any]) -> dict[str, Any]:
+    """{name: {"shape", "fragments": [[rank, start, numel], …]}}, or "piece": elements per rank where all are equal."""
+    index: dict[str, Any] = {name: {"shape": list(shape)} for name, shape in engine.parameter_shapes().items()}
+    if engine.stage not in (1, 2):
+        for entry in index.values():
+            entry["piece"] = -(-math.prod(entry["shape"]) // world.size)
+        return index
+    for entry in index.values():
+        entry["fragments"] = []
+    for rank, owned in enumerate(ranges):
+        for name, start, numel in owned:
+            index[name]["fragments"].append([rank, start, numel])
+    return index
+
+
+def load_state(engine: Engine, reader: CheckpointReader) -> None:
+    """Restore masters, moments and the optimizer's step count from a checkpoint, in place.
+
+    Raises CheckpointError when its parameters are not the model's, before anything is changed.
+    """
+    ours, theirs = engine.parameter_shapes(), reader.parameters
+    if ours != theirs:
+        names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        seen = "; ".join(f"{n}: checkpoint {theirs.get(n, 'none')}, model {ours.get(n, 'none')}" for n in names[:5])
+        raise CheckpointError(
+            f"the checkpoint is of another model ({len(names)} parameters differ)",
+            seen=seen,
+            do="use the model section the run was started with (its config.yaml), or another output_dir",
+        )
+    engine.load(
+        lambda fragment, kind: reader.read(fragment.name, kind, fragment.start, fragment.numel),
+        engine.state_kinds,
+        reader.manifest["counters"]["optimizer_steps"],
+    )
+
+
+def find_checkpoint(checkpoints_dir: Path, world: World, mode: str, step: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest committed checkpoint that verifies (or exactly `step`), agreed by all ranks, and what was passed over.
+
+    Rank 0 lists; each rank verifies its share of the files; a checkpoint that fails is reported, never deleted. Raises
+    CheckpointError when `step` was asked for and is missing or bad, and when commits exist but none is good.
+    """
+    committed = world.broadcast_object(
+        [(number, str(path)) for number, path in commit.list_committed(checkpoints_dir)] if world.is_main else None
+    )
+    if step is not None:
+        committed = [entry for entry in committed if entry[0] == step]
+        if not committed:
+            raise CheckpointError(f"no committed checkpoint of step {step}", seen=str(checkpoints_dir))
+    rejected: list[str] = []
+    for _, path in reversed(committed):
+        problems = verify_share(Path(path), world, mode)
+        if not problems:
+            return Path(path), rejected
+        rejected.append(f"{Path(path).name}: {problems}")
+    if committed:
+        raise CheckpointError(
+            "no committed checkpoint is intact",
+            seen="; ".join(rejected),
+            do="restore the files, or start again with resume=fresh in a new output_dir",
+        )
+    return None, rejected
+
+
+def verify_share(path: Path, world: World, mode: str) -> str:
+    """Verify a checkpoint with the files spread over all ranks; the problems of all ranks as one text."""
+    try:
+        names = sorted(commit.read_manifest(path)["files"])
+        problems = [str(p) for p in commit.verify(path, mode, only=names[world.rank :: world.size])]
+    except CheckpointError as error:
+        problems = [str(error)]
+    gathered = world.gather_objects(problems)
+    return world.broadcast_object("; ".join(text for part in gathered for text in part) if world.is_main else None)

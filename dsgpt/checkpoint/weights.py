@@ -1,0 +1,95 @@
+"""Weights from anywhere: a run folder, one of its checkpoints, or a Hugging Face folder.
+
+MODEL on the command line is a run folder (its newest commit; `RUN@STEP` for another), a checkpoint folder, or a Hugging
+Face folder such as an export (`hf:FOLDER` says so explicitly).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dsgpt.checkpoint import commit
+from dsgpt.checkpoint.reader import CheckpointReader
+from dsgpt.config import ModelConfig
+from dsgpt.errors import CheckpointError, Problem
+from dsgpt.model.gpt import GPT
+from dsgpt.model.hf_import import read_hf_config, read_hf_weights
+
+if TYPE_CHECKING:
+    from dsgpt.engine import Fragment  # importing it would start DeepSpeed, which evaluation does not need
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """Where a MODEL argument leads: a committed checkpoint or a Hugging Face folder, and its tokenizer folder."""
+
+    path: Path
+    is_checkpoint: bool
+    tokenizer: Path
+
+
+def find_model(text: str) -> ModelLocation:
+    """Resolve a MODEL argument. Raises CheckpointError when nothing usable is there."""
+    if text.startswith("hf:"):
+        folder = Path(text[3:])
+        return ModelLocation(folder, False, folder)
+    name, _, step = text.rpartition("@") if "@" in text and not Path(text).exists() else (text, "", "")
+    folder = Path(name)
+    if (folder / commit.MANIFEST).exists():
+        return ModelLocation(folder, True, folder.parent.parent / "tokenizer")
+    if (folder / "config.json").exists():
+        return ModelLocation(folder, False, folder)
+    committed = commit.list_committed(folder / "checkpoints")
+    if step:
+        committed = [entry for entry in committed if str(entry[0]) == step]
+    if not committed:
+        raise CheckpointError(
+            f"no model at {text}",
+            seen="no committed checkpoint, no manifest.json, no config.json",
+            do="name a run folder, RUN@STEP, a checkpoint folder, or a Hugging Face folder",
+        )
+    return ModelLocation(committed[-1][1], True, folder / "tokenizer")
+
+
+def require_intact(checkpoint: Path) -> None:
+    """Raise CheckpointError when any file differs from the manifest's hash."""
+    problems = commit.verify(checkpoint)
+    if problems:
+        raise CheckpointError(problems=[Problem(p.what, p.seen, "use an older checkpoint: RUN@STEP") for p in problems])
+
+
+def load_model(location: ModelLocation, device: str = "cpu") -> GPT:
+    """The model in fp32 on one device, in evaluation mode, its checkpoint verified first."""
+    if location.is_checkpoint:
+        require_intact(location.path)
+        reader = CheckpointReader(location.path)
+        config = ModelConfig.model_validate(reader.manifest["model"])
+        tensors = {name: reader.tensor(name) for name in reader.parameters}
+    else:
+        config = read_hf_config(location.path)
+        tensors = read_hf_weights(location.path, config)
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return model.eval()
+
+
+def initial_weights(init_from: str, config: ModelConfig) -> Callable[[Fragment, str], Tensor]:
+    """Where `Engine.load` takes the weights of a new run from: `hf:<folder>` or `checkpoint:<path>`."""
+    origin, _, location = init_from.partition(":")
+    if origin == "checkpoint":
+        require_intact(Path(location))
+        reader = CheckpointReader(Path(location))
+        return lambda fragment, kind: reader.read(fragment.name, kind, fragment.start, fragment.numel)
+    tensors = read_hf_weights(location, config)
+    return lambda fragment, kind: tensors[fragment.name].flatten()[fragment.start :][: fragment.numel].float()

@@ -1,0 +1,67 @@
+"""The `dsgpt` command. Each verb lives in its own file and is imported when it is used, so `dsgpt --help` is quick.
+
+Errors of dsgpt's own kind print what, seen and do, without a traceback (`--debug` shows it), and set the exit code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from dsgpt import __version__
+from dsgpt.errors import DsgptError
+
+# verb: (module:attribute, one line of help). The help is here so that listing verbs imports none of them.
+VERBS = {
+    "quickstart": ("dsgpt.cli.quickstart:quickstart", "The whole pipeline on this machine, on text that is already here."),
+    "tokenizer": ("dsgpt.cli.tokenizer:tokenizer", "Train a tokenizer."),
+    "data": ("dsgpt.cli.data:data", "Prepare, inspect and verify datasets."),
+    "train": ("dsgpt.cli.train:train", "Train, or continue training, the run a config describes."),
+    "evaluate": ("dsgpt.cli.evaluate:evaluate", "Loss, perplexity and bits per byte of a model."),
+    "generate": ("dsgpt.cli.generate:generate", "Continue a prompt with a model."),
+    "checkpoint": ("dsgpt.cli.checkpoint:checkpoint", "List, verify and export checkpoints."),
+    "config": ("dsgpt.cli.config:config", "List, copy, show, explain and validate configs."),
+    "doctor": ("dsgpt.cli.doctor:doctor", "What would go wrong on this machine, and the fix."),
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a verb's module only when that verb is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module, _, attribute = VERBS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, help_line) for verb, (_, help_line) in VERBS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dsgpt")
+@click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Train GPT models on DeepSpeed: from scratch or fine-tuned, from a laptop to a SLURM cluster."""
+    ctx.obj = {"debug": debug}
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point: run the command line and leave with the contract's exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        cli.main(arguments, prog_name="dsgpt")
+    except DsgptError as error:
+        if "--debug" in arguments:
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(int(error.exit_code))

@@ -1,0 +1,56 @@
+"""`dsgpt train RUN.yaml [key=value…]`: start the DeepSpeed launcher here and watch the run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, required=True, metavar="RUN.yaml [MORE.yaml…] [key=value…]")
+@click.option("--num-processes", type=click.IntRange(1), help="Ranks on this machine; default: its GPUs, or 2 on CPU.")
+@click.option("--dry-run", is_flag=True, help="Show everything resolved, and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, and nothing else on stdout.")
+@click.pass_context
+def train(
+    ctx: click.Context, arguments: tuple[str, ...], num_processes: int | None, dry_run: bool, as_json: bool
+) -> None:
+    """Train the run that the configs describe, or continue it where it stopped.
+
+    Configs merge left to right; `key.path=value` overrides them. Ctrl-C or SIGTERM commits the current step and leaves
+    with code 75; the same command continues from there.
+    """
+    from dsgpt.cli.common import print_json
+    from dsgpt.train.start import plan_run, start_run
+
+    debug = bool(ctx.obj and ctx.obj.get("debug"))
+    if dry_run:
+        plan = plan_run(arguments, num_processes)
+        if as_json:
+            print_json(plan.as_dict())
+        else:
+            click.echo(plan.text())
+        return
+    end = start_run(arguments, num_processes, quiet=as_json, debug=debug)
+    if as_json:
+        print_json({"exit_code": end.exit_code, "message": end.message, "log_file": str(end.log_file)})
+    elif end.message:
+        click.echo(end.message, err=True)
+    if end.exit_code == 75 and not as_json:
+        click.echo(f"continue with: dsgpt train {continue_line(arguments, num_processes)}", err=True)
+    elif end.exit_code and not as_json:
+        click.echo(f"log: {end.log_file}", err=True)
+    sys.exit(end.exit_code)
+
+
+def continue_line(arguments: tuple[str, ...], num_processes: int | None) -> str:
+    """The arguments that continue this run, quoted for a shell."""
+    import shlex
+
+    words: list[Any] = [*arguments, *(["--num-processes", num_processes] if num_processes else [])]
+    return shlex.join(str(word) for word in words)
+
+

@@ -1,0 +1,193 @@
+"""Relations between keys: what contradicts itself is a problem, what has no effect in this run is a warning.
+
+Each finding names the keys it rests on, so that the loader can drop findings about keys that are themselves mistyped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dsgpt.config.schema import RunConfig, default_min_learning_rate
+from dsgpt.config.shipped import find_deepspeed_config
+from dsgpt.errors import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class Finding:
+    problem: Problem
+    keys: tuple[str, ...]
+
+
+def check(config: RunConfig) -> list[Finding]:
+    """Every contradiction between the keys of a config."""
+    return [*_check_model(config), *_check_length(config), *_check_optimizer(config), *_check_run(config)]
+
+
+def _finding(keys: tuple[str, ...], what: str, seen: str, do: str) -> Finding:
+    return Finding(Problem(what, seen, do), keys)
+
+
+def _check_model(config: RunConfig) -> Iterator[Finding]:
+    model = config.model
+    kind, _, name = model.init_from.partition(":")
+    if model.init_from != "scratch" and not (kind in ("hf", "checkpoint") and name):
+        do = "write scratch, hf:<folder or hub name> or checkpoint:<path>"
+        yield _finding(("model.init_from",), "model.init_from is not understood", model.init_from, do)
+    if model.init_from == "scratch":
+        needed = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        for key in (key for key in needed if getattr(model, key) is None):
+            do = f"set model.{key}: {type(model).model_fields[key].description}"
+            yield _finding((f"model.{key}",), f"model.{key}: required for a model from scratch", "not set", do)
+    hidden, heads, kv_heads = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
+    if hidden and heads and model.head_dim is None and hidden % heads:
+        divisors = [count for count in range(1, hidden + 1) if hidden % count == 0]
+        close = sorted(divisors, key=lambda count: abs(count - heads))[:2]
+        yield _finding(
+            ("model.hidden_size", "model.num_attention_heads", "model.head_dim"),
+            "model.num_attention_heads must divide model.hidden_size",
+            f"{hidden} / {heads} = {hidden / heads:.4g}",
+            f"use {' or '.join(map(str, sorted(close)))} heads, or set model.head_dim",
+        )
+    if heads and kv_heads and heads % kv_heads:
+        close = sorted((c for c in range(1, heads + 1) if heads % c == 0), key=lambda c: abs(c - kv_heads))[:2]
+        yield _finding(
+            ("model.num_attention_heads", "model.num_key_value_heads"),
+            "model.num_key_value_heads must divide model.num_attention_heads",
+            f"{heads} / {kv_heads} = {heads / kv_heads:.4g}",
+            f"use {' or '.join(map(str, sorted(close)))}",
+        )
+    head_dim = model.head_dim or (hidden // heads if hidden and heads else 2)
+    if model.position_embedding == "rotary" and head_dim % 2:
+        yield _finding(
+            ("model.head_dim", "model.hidden_size", "model.num_attention_heads", "model.position_embedding"),
+            "rotary positions turn pairs of channels: the width of a head must be even",
+            f"head width {head_dim}",
+            "change the number of heads, or set an even model.head_dim",
+        )
+    longest = model.max_position_embeddings
+    if longest is not None and config.training.seq_length > longest:
+        yield _finding(
+            ("training.seq_length", "model.max_position_embeddings"),
+            "training.seq_length is longer than the model's positions",
+            f"{config.training.seq_length} > model.max_position_embeddings = {longest}",
+            f"set training.seq_length to at most {longest}, or raise model.max_position_embeddings",
+        )
+
+
+def _check_length(config: RunConfig) -> Iterator[Finding]:
+    training, optimizer = config.training, config.optimizer
+    names = ("max_steps", "num_epochs", "max_tokens")
+    given = {name: getattr(training, name) for name in names if getattr(training, name) is not None}
+    keys = tuple(f"training.{name}" for name in names)
+    if len(given) != 1:
+        seen = ", ".join(f"training.{name}={value}" for name, value in given.items()) or "none of them"
+        do = "keep one and set the others to null, e.g. training.max_steps=null" if given else "set one of them"
+        what = "the length of a run is exactly one of training.max_steps, training.num_epochs and training.max_tokens"
+        yield _finding(keys, what, seen, do)
+        return
+    if "num_epochs" in given:
+        return  # known only with the dataset
+    steps = training.num_steps()
+    keys = (*keys, "training.seq_length", "training.global_batch_size", "optimizer.warmup_steps")
+    if optimizer.warmup_steps >= steps:
+        yield _finding(
+            keys,
+            "the warmup is as long as the run",
+            f"optimizer.warmup_steps={optimizer.warmup_steps}, the run has {steps} steps",
+            "lower optimizer.warmup_steps or lengthen the run",
+        )
+        return
+    left = steps - optimizer.warmup_steps
+    if optimizer.lr_schedule == "warmup_stable_decay" and (optimizer.decay_steps or 0) > left:
+        yield _finding(
+            (*keys, "optimizer.decay_steps", "optimizer.lr_schedule"),
+            "warmup and decay together are longer than the run",
+            f"{optimizer.warmup_steps} + {optimizer.decay_steps} > {steps} steps",
+            f"set optimizer.decay_steps to at most {left}",
+        )
+
+
+def _check_optimizer(config: RunConfig) -> Iterator[Finding]:
+    optimizer = config.optimizer
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        yield _finding(
+            ("optimizer.min_learning_rate", "optimizer.learning_rate"),
+            "optimizer.min_learning_rate is above optimizer.learning_rate",
+            f"{optimizer.min_learning_rate:g} > {optimizer.learning_rate:g}",
+            "lower it, or leave it out (learning_rate / 10)",
+        )
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        seen = str(list(optimizer.betas))
+        yield _finding(
+            ("optimizer.betas",), "optimizer.betas must lie in [0, 1)", seen, "the usual pair is [0.9, 0.95]"
+        )
+
+
+def _check_run(config: RunConfig) -> Iterator[Finding]:
+    training = config.training
+    for split, entries in (("train", config.data.train), ("validation", config.data.validation)):
+        if len(entries) > 1 or (split == "train" and not entries):
+            yield _finding(
+                (f"data.{split}",),
+                f"data.{split} names {len(entries)} datasets; mixtures are not supported yet",
+                ", ".join(str(entry.path) for entry in entries) or "an empty list",
+                "name exactly one; several text folders can be prepared into one dataset with `dsgpt data prepare`",
+            )
+    micro, total = training.micro_batch_size_per_gpu, training.global_batch_size
+    if micro != "auto" and total % micro:
+        close = [str(value) for value in (total // micro * micro, (total // micro + 1) * micro) if value]
+        yield _finding(
+            ("training.micro_batch_size_per_gpu", "training.global_batch_size"),
+            "global_batch_size = micro_batch_size_per_gpu x GPUs x accumulation steps has no solution",
+            f"{total} / {micro} = {total / micro:.4g}",
+            f"set training.global_batch_size to {' or '.join(close)}, or choose a micro batch that divides {total}",
+        )
+    if config.device == "cpu" and training.dtype == "fp16":
+        do = "set training.dtype to fp32 (or auto)"
+        yield _finding(("device", "training.dtype"), "fp16 training needs a GPU", "device=cpu, training.dtype=fp16", do)
+    if config.deepspeed != "auto":
+        try:
+            find_deepspeed_config(config.deepspeed)
+        except ConfigError as error:
+            yield from (Finding(problem, ("deepspeed",)) for problem in error.problems)
+
+
+def ineffective_settings(config: RunConfig, written: set[str]) -> list[str]:
+    """One line for each written key that differs from its default and changes nothing in this run."""
+    model, optimizer = config.model, config.optimizer
+    reasons: dict[str, str] = {}
+    if optimizer.name == "adamw":
+        reasons["optimizer.momentum"] = "adamw has none (its betas are set with optimizer.betas)"
+    else:
+        reasons["optimizer.betas"] = reasons["optimizer.eps"] = "only adamw has it"
+    if optimizer.lr_schedule != "polynomial":
+        reasons["optimizer.power"] = f"the schedule is {optimizer.lr_schedule}, not polynomial"
+    if optimizer.lr_schedule != "warmup_stable_decay":
+        reasons["optimizer.decay_steps"] = f"the schedule is {optimizer.lr_schedule}, not warmup_stable_decay"
+    if optimizer.lr_schedule == "constant":
+        reasons["optimizer.min_learning_rate"] = "the schedule is constant"
+    if model.position_embedding == "learned":
+        reasons["model.rope_theta"] = "positions are learned, not rotary"
+    if model.init_from != "scratch":
+        for key in (key for key in type(model).model_fields if key not in ("init_from", "dropout")):
+            reasons[f"model.{key}"] = f"the shape comes from {model.init_from}"
+    for split, entries in (("train", config.data.train), ("validation", config.data.validation)):
+        if len(entries) == 1:
+            reasons[f"data.{split}.0.weight"] = "there is only one dataset"
+    changed = written - _defaults_written_out(config)
+    return [f"{key} has no effect: {reason}" for key, reason in reasons.items() if key in changed]
+
+
+def _defaults_written_out(config: RunConfig) -> set[str]:
+    """Dotted keys of scalar settings whose value is the default anyway (a resolved config spells all of them out)."""
+    entries = (("train", config.data.train), ("validation", config.data.validation))
+    same = {f"data.{split}.0.weight" for split, sources in entries if all(source.weight == 1 for source in sources)}
+    for name in ("model", "optimizer"):
+        section = getattr(config, name)
+        for key, field in type(section).model_fields.items():
+            if getattr(section, key) == field.default:
+                same.add(f"{name}.{key}")
+    if config.optimizer.min_learning_rate == default_min_learning_rate(config.optimizer.learning_rate):
+        same.add("optimizer.min_learning_rate")
+    return same

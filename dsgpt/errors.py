@@ -1,0 +1,90 @@
+"""Every error a user can meet, with the exit code it ends in.
+
+    DsgptError                 76  infrastructure, the default
+    ├── ConfigError            78  config, command line or environment
+    ├── DataError              65  data or tokenizer
+    ├── CheckpointError        65  checkpoint
+    ├── LockedError            73  output folder locked or not writable
+    ├── OutOfMemoryError       77  device or host memory
+    ├── NumericalError         79  non-finite loss or gradients
+    └── Preempted              75  stopped from outside, checkpoint committed
+
+A message says what happened, what was seen, and what to do; `Problem` is one such triple. Errors that can come in
+numbers (a config with five typos) carry a list of problems and print all of them at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Sequence
+
+
+class ExitCode(IntEnum):
+    """The contract with shells, SLURM scripts and supervisors. Only 75 and 76 are worth a requeue."""
+
+    DONE = 0
+    USAGE = 2
+    BAD_DATA = 65
+    LOCKED = 73
+    PREEMPTED = 75
+    INFRASTRUCTURE = 76
+    OUT_OF_MEMORY = 77
+    CONFIG = 78
+    NUMERICAL = 79
+    NO_PROGRESS = 93
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where or what it is, the value seen, and the remedy."""
+
+    what: str
+    seen: str = ""
+    do: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.seen:
+            lines.append(f"  seen: {self.seen}")
+        if self.do:
+            lines.append(f"  do:   {self.do}")
+        return "\n".join(lines)
+
+
+class DsgptError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the process ends with."""
+
+    exit_code = ExitCode.INFRASTRUCTURE
+
+    def __init__(self, what: str = "", seen: str = "", do: str = "", problems: Sequence[Problem] = ()):
+        self.problems = list(problems) or [Problem(what, seen, do)]
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class ConfigError(DsgptError):
+    exit_code = ExitCode.CONFIG
+
+
+class DataError(DsgptError):
+    exit_code = ExitCode.BAD_DATA
+
+
+class CheckpointError(DsgptError):
+    exit_code = ExitCode.BAD_DATA
+
+
+class LockedError(DsgptError):
+    exit_code = ExitCode.LOCKED
+
+
+class OutOfMemoryError(DsgptError):
+    exit_code = ExitCode.OUT_OF_MEMORY
+
+
+class NumericalError(DsgptError):
+    exit_code = ExitCode.NUMERICAL
+
+
+class Preempted(DsgptError):
+    exit_code = ExitCode.PREEMPTED

@@ -1,0 +1,135 @@
+"""Evaluation: mean loss in nats per token, perplexity and bits per byte, over a prepared split or over text files.
+
+    dsgpt evaluate runs/my-run --text notes.txt
+
+Bits per byte do not depend on the tokenizer, so they compare models; they are the loss of all of a text's tokens in bits,
+divided by its UTF-8 bytes. A document starts with BOS where the tokenizer has one, so every byte is predicted.
+Trade-off: text is cut into windows of the model's context without overlap, which is fast and slightly pessimistic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsgpt.data.dataset import BlockDataset, collate
+from dsgpt.distributed import World
+from dsgpt.errors import DataError
+from dsgpt.model.gpt import GPT, IGNORE_INDEX
+from dsgpt.tokenizer.tokenizer import Tokenizer
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`loss` in nats per token, over `tokens` target tokens; `bits_per_byte` over the UTF-8 text they encode."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summarise(loss_sum: float, tokens: int, text_bytes: float) -> Evaluation:
+    """`text_bytes` is the text behind the `tokens` targets. Raises DataError where there is nothing to evaluate."""
+    if not tokens or not text_bytes:
+        raise DataError("nothing to evaluate", seen=f"{tokens} tokens, {text_bytes:.0f} bytes", do="give more text")
+    loss = loss_sum / tokens
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return Evaluation(loss, perplexity, loss_sum / math.log(2) / text_bytes, tokens)
+
+
+def to_tensors(arrays: dict[str, np.ndarray], device: torch.device) -> Batch:
+    """A collated batch on the device. Document ids are left out where every row is one document: the attention kernel
+    without a mask is faster and computes the same."""
+    if (arrays["document_ids"] == arrays["document_ids"][:, :1]).all():
+        arrays = {name: value for name, value in arrays.items() if name != "document_ids"}
+    return {name: torch.from_numpy(np.ascontiguousarray(v)).to(device, non_blocking=True) for name, v in arrays.items()}
+
+
+def evaluate_split(
+    loss_of: Callable[[Batch], Tensor], dataset: BlockDataset, world: World, micro_batch: int, limit: int | None
+) -> Evaluation:
+    """Evaluate the first `limit` blocks of a split on all ranks; a collective with the same result everywhere.
+
+    `loss_of` gives the summed loss of a batch. The bytes behind the evaluated targets are taken as their share of the
+    split's bytes, because blocks end in the middle of documents.
+    """
+    if dataset.num_samples == 0:
+        raise DataError("the split is shorter than one sequence", do="set more text aside, or lower training.seq_length")
+    loss, tokens = torch.zeros((), dtype=torch.float64), 0
+    for arrays in _rank_batches(dataset, world, micro_batch, limit):
+        tokens += int((arrays["labels"] != IGNORE_INDEX).sum())
+        loss += float(loss_of(to_tensors(arrays, world.device)))
+    total_loss, total_tokens = world.sum(float(loss), tokens)
+    split = dataset.manifest.splits[dataset.split]
+    share = total_tokens / max(1, split.tokens - split.documents)
+    return summarise(total_loss, int(total_tokens), split.text_bytes * share)
+
+
+def _rank_batches(
+    dataset: BlockDataset, world: World, micro_batch: int, limit: int | None
+) -> Iterator[dict[str, np.ndarray]]:
+    """This rank's share, in batches; every rank gets equally many (ZeRO-3 needs that), surplus rows fully masked."""
+    total = dataset.num_samples if limit is None else min(limit, dataset.num_samples)
+    for start in range(0, total, world.size * micro_batch):
+        first = start + world.rank * micro_batch
+        arrays = collate([dataset[min(i, total - 1)] for i in range(first, first + micro_batch)])
+        surplus = np.arange(first, first + micro_batch) >= total
+        arrays["labels"] = np.where(surplus[:, None], IGNORE_INDEX, arrays["labels"])
+        yield arrays
+
+
+def evaluate_dataset(
+    model: GPT, tokenizer: Tokenizer, folder: Path, split: str, limit: int | None = None, micro_batch: int = 8
+) -> Evaluation:
+    """One split of a prepared dataset, in blocks of the model's context, on one device.
+
+    Raises DataError when the dataset's tokenizer is not the model's or the split is not there.
+    """
+    dataset = BlockDataset(folder, split, model.config.max_position_embeddings)
+    theirs = dataset.manifest.tokenizer.sha256
+    if theirs != tokenizer.sha256:
+        raise DataError(
+            "the dataset was made with another tokenizer than the model's",
+            seen=f"dataset {theirs[:12]}, model {tokenizer.sha256[:12]}",
+            do="prepare the text again with the model's tokenizer",
+        )
+    model.eval()
+    world = World(device=next(model.parameters()).device)
+    with torch.no_grad():
+        return evaluate_split(lambda batch: model(**batch), dataset, world, micro_batch, limit)
+
+
+@torch.no_grad()
+def evaluate_texts(model: GPT, tokenizer: Tokenizer, texts: Iterable[str]) -> Evaluation:
+    """Every token of every text, each text one document, in windows of the model's context."""
+    context = model.config.max_position_embeddings
+    model.eval()
+    device = next(model.parameters()).device
+    loss, tokens, text_bytes = 0.0, 0, 0
+    for text in texts:
+        ids = tokenizer.encode_document(text)
+        text_bytes += len(text.encode("utf-8", errors="replace"))
+        for window in _windows(ids, context):
+            batch = torch.tensor([window], device=device)
+            loss += float(model(batch[:, :-1], labels=batch[:, 1:].contiguous()))
+            tokens += len(window) - 1
+    return summarise(loss, tokens, text_bytes)
+
+
+def _windows(ids: Sequence[int], context: int) -> Iterator[list[int]]:
+    """Pieces of at most context + 1 ids that overlap by one, so that each id but the first is a target once."""
+    for start in range(0, max(0, len(ids) - 1), context):
+        yield list(ids[start : start + context + 1])

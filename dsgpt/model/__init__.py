@@ -1,0 +1,1 @@
+"""Models: the native GPT and its conversion to and from Hugging Face checkpoints."""

@@ -1,0 +1,295 @@
+"""The native GPT: a decoder-only transformer in one file, single-device code.
+
+It covers the shapes of GPT-2 (layer norm, learned positions, GELU, biases), Llama (RMS norm, rotary positions, SwiGLU,
+grouped-query attention) and Qwen3 (Llama with normalised queries and keys). Parallelism, activation checkpointing and
+precision are applied from outside. With labels the model returns the *sum* of the cross-entropy over target tokens; the
+caller divides by the number of targets of the whole step, so unevenly masked batches stay exact.
+
+Trade-off: query, key and value are separate matrices (a few per cent slower than one fused matrix on GPUs) because
+names then agree with the Hugging Face formats, with LoRA targets and with freezing patterns.
+
+Shapes: B sequences, T positions, C hidden size, H query heads, K key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsgpt.config import ModelConfig
+
+IGNORE_INDEX = -100
+# Elements of one chunk of logits: 128 MiB in fp32, large enough to keep a GPU's matrix units busy.
+_LOGIT_CHUNK_ELEMENTS = 1 << 25
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` initialised to N(0, std), biases to 0 (GPT-2, section 2.3), inside its own constructor.
+
+    Initialising here rather than in a later pass lets ZeRO-3 partition each layer as soon as it exists.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, std: float):
+        self.std = std
+        super().__init__(in_features, out_features, bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` initialised to N(0, 0.02)."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019, eq. 4), statistics in fp32. (..., C) -> (..., C)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.hidden_size, config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
+
+
+def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, 1, T, D) of rotary positions (Su et al. 2021, section 3.2), always in fp32.
+
+    Computed from the position ids each time instead of from a buffer, because engines cast buffers to bf16.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply rotary positions to (B, H, T, D); the two halves of D form the rotated pairs, as in Hugging Face's Llama."""
+    cos, sin = (a.to(x.dtype) for a in angles)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class KeyValueCache:
+    """Keys and values of the positions already seen, one pair (B, K, T, D) per layer, for generation."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if layer in self.layers:
+            old_keys, old_values = self.layers[layer]
+            keys, values = torch.cat((old_keys, keys), dim=2), torch.cat((old_values, values), dim=2)
+        self.layers[layer] = (keys, values)
+        return keys, values
+
+
+class Context(NamedTuple):
+    """What all blocks of one forward pass share."""
+
+    angles: tuple[Tensor, Tensor] | None  # rotary cosines and sines, None with learned positions
+    mask: Tensor | None  # (B, 1, T, S) boolean, True where attention is allowed; None is plain causal
+    cache: KeyValueCache | None
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads (Ainslie et al. 2023). (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.dropout = layer, config.dropout.attention
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = Linear(config.hidden_size, size, config.bias, 0.02)
+        self.k_proj = Linear(config.hidden_size, kv_size, config.bias, 0.02)
+        self.v_proj = Linear(config.hidden_size, kv_size, config.bias, 0.02)
+        self.o_proj = Linear(size, config.hidden_size, config.bias, 0.02 / math.sqrt(2 * config.num_hidden_layers))
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        if context.angles is not None:
+            q, k = rotate(q, context.angles), rotate(k, context.angles)
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)
+        if self.num_kv_heads != self.num_heads:
+            groups = self.num_heads // self.num_kv_heads
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=context.mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=context.mask is None and length > 1,
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, eq. 6) or GPT-2's tanh GELU feed-forward. (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gated = config.activation == "swiglu"
+        if self.gated:
+            self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.bias, 0.02)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.bias, 0.02)
+        std = 0.02 / math.sqrt(2 * config.num_hidden_layers)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.bias, std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout.residual)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), context))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropy of `hidden @ weight.T`, without ever holding (tokens, V) at once.
+
+    Gradients are computed chunk by chunk together with the loss, so nothing is recomputed in the backward pass and the
+    weight is not needed there (under ZeRO-3 it is gathered once less). Memory: one chunk of logits plus the gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        rows = max(64, _LOGIT_CHUNK_ELEMENTS // weight.shape[0])
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], rows):
+            chunk, target = hidden[start : start + rows], labels[start : start + rows]
+            valid = target != IGNORE_INDEX
+            log_probs = F.log_softmax((chunk @ weight.t()).float(), dim=-1)
+            picked = log_probs.gather(1, target.clamp(min=0)[:, None])[:, 0]
+            loss -= torch.where(valid, picked, 0.0).sum()
+            if needs_grad:
+                grad_logits = log_probs.exp_()
+                grad_logits.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(picked)[:, None])
+                grad_logits = (grad_logits * valid[:, None]).to(hidden.dtype)
+                grad_hidden[start : start + rows] = grad_logits @ weight
+                grad_weight += grad_logits.t() @ chunk
+        if needs_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        # Both buffers belong to this node alone and are used once: scale them in place.
+        return grad_hidden.mul_(grad_output), grad_weight.mul_(grad_output), None
+
+
+class LMHead(nn.Module):
+    """Projection to the vocabulary: logits (B, T, V), or with labels (B, T) the summed loss (a scalar in fp32)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return F.linear(hidden, self.weight)
+        return _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self.weight, labels.flatten())
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer. `config` is resolved: vocabulary, positions and head sizes are numbers."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        if config.position_embedding == "learned":
+            self.embed_positions = Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout.embedding)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = make_norm(config)
+        self.lm_head = LMHead(config)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V), or with `labels` the sum of the cross-entropy over labels other than -100.
+
+        `input_ids`, `labels`, `position_ids` and `document_ids` are (B, T); labels are already shifted: labels[t] is the
+        token after input_ids[t]. Positions of different documents do not attend to each other.
+        """
+        length, past = input_ids.shape[1], cache.length if cache else 0
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=input_ids.device)[None].expand_as(input_ids)
+        x = self.embed_tokens(input_ids)
+        angles = None
+        if self.config.position_embedding == "learned":
+            x = x + self.embed_positions(position_ids)
+        else:
+            angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+        context = Context(angles, attention_mask(length, past, document_ids, input_ids.device), cache)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, context)
+        return self.lm_head(self.norm(x), labels)
+
+
+def attention_mask(length: int, past: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:
+    """(B, 1, T, S) boolean mask, or None where plain causal attention (the fast kernel) says the same."""
+    if document_ids is not None:
+        same_document = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+        return same_document & torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    if past and length > 1:
+        return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)[None, None]
+    return None

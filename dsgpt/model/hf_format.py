@@ -1,0 +1,185 @@
+"""The native GPT in Hugging Face's formats: GPT-2, Llama and Qwen3, through one explicit key table.
+
+`hf_architecture(config)` says which format holds a native model (None: no format does). `hf_config` and `to_hf` give
+config.json and tensors; `config_from_hf` and `from_hf` read them back. Configuration keys that change the mathematics and
+are not implemented are refused by name, so an import never computes something else silently.
+
+Trade-off: tensors are converted one Hugging Face tensor at a time (`to_hf` is a generator), so an export holds one tensor
+more than the model, whatever its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsgpt.config import ModelConfig
+from dsgpt.errors import ConfigError, Problem
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
+
+
+class Key(NamedTuple):
+    """One Hugging Face tensor: its name, the native tensors it holds (joined along rows), whether it is transposed."""
+
+    hf: str
+    native: tuple[str, ...]
+    transposed: bool = False
+
+
+def hf_architecture(config: ModelConfig) -> str | None:
+    """"llama", "qwen3" or "gpt2" when that format holds the model exactly, else None."""
+    modern = config.norm == "rmsnorm" and config.position_embedding == "rotary" and config.activation == "swiglu"
+    if modern and not config.qk_norm:
+        return "llama"
+    if modern and not config.bias:
+        return "qwen3"
+    classic = config.norm == "layernorm" and config.position_embedding == "learned" and config.activation == "gelu"
+    plain_heads = (
+        config.num_key_value_heads == config.num_attention_heads
+        and config.head_dim * config.num_attention_heads == config.hidden_size
+    )
+    if classic and config.bias and config.tie_word_embeddings and not config.qk_norm and plain_heads:
+        return "gpt2"
+    return None
+
+
+def _projection(hf: str, native: tuple[str, ...], bias: bool, transposed: bool = False) -> Iterator[Key]:
+    yield Key(f"{hf}.weight", tuple(f"{name}.weight" for name in native), transposed)
+    if bias:
+        yield Key(f"{hf}.bias", tuple(f"{name}.bias" for name in native))
+
+
+def key_table(config: ModelConfig) -> list[Key]:
+    """Every tensor of the model's Hugging Face format, in layer order. Raises ConfigError where no format holds it."""
+    architecture = require_architecture(config)
+    keys: list[Key] = []
+    if architecture == "gpt2":
+        keys += [Key("transformer.wte.weight", ("embed_tokens.weight",))]
+        keys += [Key("transformer.wpe.weight", ("embed_positions.weight",))]
+        for i in range(config.num_hidden_layers):
+            hf, native = f"transformer.h.{i}", f"blocks.{i}"
+            keys += _projection(f"{hf}.ln_1", (f"{native}.attention_norm",), True)
+            joined = tuple(f"{native}.attention.{name}_proj" for name in "qkv")
+            keys += _projection(f"{hf}.attn.c_attn", joined, True, transposed=True)
+            keys += _projection(f"{hf}.attn.c_proj", (f"{native}.attention.o_proj",), True, transposed=True)
+            keys += _projection(f"{hf}.ln_2", (f"{native}.mlp_norm",), True)
+            keys += _projection(f"{hf}.mlp.c_fc", (f"{native}.mlp.up_proj",), True, transposed=True)
+            keys += _projection(f"{hf}.mlp.c_proj", (f"{native}.mlp.down_proj",), True, transposed=True)
+        return [*keys, *_projection("transformer.ln_f", ("norm",), True)]
+    keys += [Key("model.embed_tokens.weight", ("embed_tokens.weight",))]
+    for i in range(config.num_hidden_layers):
+        hf, native = f"model.layers.{i}", f"blocks.{i}"
+        keys += [Key(f"{hf}.input_layernorm.weight", (f"{native}.attention_norm.weight",))]
+        for name in "qkvo":
+            keys += _projection(f"{hf}.self_attn.{name}_proj", (f"{native}.attention.{name}_proj",), config.bias)
+        if config.qk_norm:
+            for name in "qk":
+                keys += [Key(f"{hf}.self_attn.{name}_norm.weight", (f"{native}.attention.{name}_norm.weight",))]
+        keys += [Key(f"{hf}.post_attention_layernorm.weight", (f"{native}.mlp_norm.weight",))]
+        for name in ("gate", "up", "down"):
+            keys += _projection(f"{hf}.mlp.{name}_proj", (f"{native}.mlp.{name}_proj",), config.bias)
+    keys += [Key("model.norm.weight", ("norm.weight",))]
+    if not config.tie_word_embeddings:
+        keys += [Key("lm_head.weight", ("lm_head.weight",))]
+    return keys
+
+
+def require_architecture(config: ModelConfig) -> str:
+    architecture = hf_architecture(config)
+    if architecture is None:
+        raise ConfigError(
+            "no Hugging Face format holds this combination of model settings",
+            seen=f"norm={config.norm} position_embedding={config.position_embedding} activation={config.activation} "
+            f"bias={config.bias} qk_norm={config.qk_norm} tie_word_embeddings={config.tie_word_embeddings}",
+            do="llama: rmsnorm, rotary, swiglu; qwen3: the same with qk_norm and no bias; gpt2: layernorm, learned, "
+            "gelu, bias, tied, no grouped heads",
+        )
+    return architecture
+
+
+def to_hf(config: ModelConfig, tensor: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (Hugging Face name, tensor), asking `tensor` for one native tensor by name at a time."""
+    for key in key_table(config):
+        joined = torch.cat([tensor(name) for name in key.native]) if len(key.native) > 1 else tensor(key.native[0])
+        yield key.hf, joined.t().contiguous() if key.transposed else joined.contiguous()
+
+
+def from_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Native tensors from Hugging Face ones. Missing and unexpected names are all reported at once (ConfigError)."""
+    keys = key_table(config)
+    known = {key.hf for key in keys}
+    # Written by older releases of transformers: causal masks and rotary frequencies, which are constants.
+    constants = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+    # GPT-2's hub checkpoints leave out the "transformer." prefix.
+    names = {name if name in known else f"transformer.{name}": name for name in tensors}
+    ignored = {"lm_head.weight", "transformer.lm_head.weight"} if config.tie_word_embeddings else set()
+    problems = [Problem("tensor missing from the checkpoint", seen=name) for name in sorted(known - set(names))]
+    problems += [
+        Problem("tensor the model has no place for", seen=source)
+        for name, source in sorted(names.items())
+        if name not in known | ignored and not source.endswith(constants)
+    ]
+    if problems:
+        raise ConfigError(problems=problems)
+    native: dict[str, Tensor] = {}
+    for key in keys:
+        value = tensors[names[key.hf]]
+        value = value.t() if key.transposed else value
+        native.update(zip(key.native, value.split(_row_counts(config, key, value)), strict=True))
+    return native
+
+
+def _row_counts(config: ModelConfig, key: Key, value: Tensor) -> list[int]:
+    if len(key.native) == 1:
+        return [value.shape[0]]
+    kv_rows = config.num_key_value_heads * config.head_dim
+    return [config.num_attention_heads * config.head_dim, kv_rows, kv_rows]
+
+
+def hf_config(config: ModelConfig, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
+    """config.json of the exported model."""
+    architecture = require_architecture(config)
+    common = {
+        "architectures": [ARCHITECTURES[architecture]],
+        "model_type": architecture,
+        "vocab_size": config.vocab_size,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": None,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": "float32",
+        "use_cache": True,
+    }
+    if architecture == "gpt2":
+        return common | {
+            "n_embd": config.hidden_size,
+            "n_layer": config.num_hidden_layers,
+            "n_head": config.num_attention_heads,
+            "n_inner": config.intermediate_size,
+            "n_positions": config.max_position_embeddings,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": config.norm_eps,
+            "embd_pdrop": config.dropout.embedding,
+            "attn_pdrop": config.dropout.attention,
+            "resid_pdrop": config.dropout.residual,
+        }
+    rotary = {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "attention_bias": config.bias,
+        "attention_dropout": config.dropout.attention,
+    }
+    return common | rotary | ({"mlp_bias": config.bias} if architecture == "llama" else {})

@@ -1,0 +1,144 @@
+"""Reading Hugging Face folders: config.json into a `ModelConfig`, safetensors into native tensors.
+
+Every key of config.json is either used, known to change nothing, or at its harmless value; anything else is refused by
+name, so an import never computes something else silently. Only safetensors are read: nothing in them can execute.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from dsgpt.config import ModelConfig
+from dsgpt.errors import ConfigError, Problem
+from dsgpt.model.hf_format import ARCHITECTURES, from_hf
+
+# Describe the file, its tokenizer, its writer or generation, not the mathematics of training.
+_NEUTRAL = {
+    "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range", "label2id",
+    "max_window_layers", "model_type", "n_ctx", "pad_token_id", "pretraining_tp", "task_specific_params", "torch_dtype",
+    "transformers_version", "use_cache", "unk_token_id", "_name_or_path", "gradient_checkpointing", "n_layer",
+}  # fmt: skip
+# Keys that would change the mathematics, with the only values that are implemented.
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "add_cross_attention": (False,),
+    "attention_multiplier": (1.0,),
+    "hidden_act": ("silu",),
+    "layer_types": (None,),
+    "partial_rotary_factor": (None, 1.0),
+    "quantization_config": (None,),
+    "reorder_and_upcast_attn": (False,),
+    "rope_scaling": (None,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "scale_attn_weights": (True,),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),
+}
+_USED = {
+    "llama": {
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+        "vocab_size", "max_position_embeddings", "rope_theta", "rope_parameters", "rms_norm_eps", "attention_bias",
+        "mlp_bias", "attention_dropout", "tie_word_embeddings",
+    },
+    "gpt2": {
+        "n_embd", "n_layer", "n_head", "n_inner", "n_positions", "vocab_size", "layer_norm_epsilon", "embd_pdrop",
+        "attn_pdrop", "resid_pdrop", "tie_word_embeddings",
+    },
+}  # fmt: skip
+_USED["qwen3"] = _USED["llama"]
+
+
+def read_hf_config(folder: str | Path) -> ModelConfig:
+    """The architecture in folder/config.json. Raises ConfigError naming every key that is not implemented."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError("no readable Hugging Face model here", seen=f"{path}: {error}") from error
+    kind = raw.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ConfigError(
+            "this architecture is not implemented", seen=f"model_type={kind!r}", do=f"one of {', '.join(ARCHITECTURES)}"
+        )
+    problems = []
+    for key, value in raw.items():
+        if key in _NEUTRAL or key in _USED[kind] or key.startswith("summary_"):
+            continue
+        if key == "layer_types" and set(value or ()) <= {"full_attention"}:
+            continue
+        if value not in _HARMLESS.get(key, ()) and not (key == "sliding_window" and not raw.get("use_sliding_window")):
+            problems.append(Problem(f"config.json: {key} is not implemented", seen=f"{key}={value!r}"))
+    rope = raw.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        problems.append(Problem("config.json: only default rotary positions are implemented", seen=f"{rope}"))
+    if kind == "llama" and raw.get("attention_bias", False) != raw.get("mlp_bias", False):
+        problems.append(Problem("config.json: attention_bias and mlp_bias must agree", seen=f"{path}"))
+    if problems:
+        raise ConfigError(problems=problems)
+    return _gpt2(raw) if kind == "gpt2" else _llama(raw, qk_norm=kind == "qwen3")
+
+
+def _gpt2(raw: Mapping[str, Any]) -> ModelConfig:
+    heads = raw["n_head"]
+    dropout = {"embedding": "embd_pdrop", "attention": "attn_pdrop", "residual": "resid_pdrop"}
+    return ModelConfig.model_validate(
+        {
+            "norm": "layernorm",
+            "position_embedding": "learned",
+            "activation": "gelu",
+            "bias": True,
+            "tie_word_embeddings": raw.get("tie_word_embeddings", True),
+            "hidden_size": raw["n_embd"],
+            "num_hidden_layers": raw["n_layer"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "head_dim": raw["n_embd"] // heads,
+            "intermediate_size": raw.get("n_inner") or 4 * raw["n_embd"],
+            "vocab_size": raw["vocab_size"],
+            "max_position_embeddings": raw["n_positions"],
+            "norm_eps": raw.get("layer_norm_epsilon", 1e-5),
+            "dropout": {ours: raw.get(theirs, 0.1) for ours, theirs in dropout.items()},
+        }
+    )
+
+
+def _llama(raw: Mapping[str, Any], qk_norm: bool) -> ModelConfig:
+    heads = raw["num_attention_heads"]
+    rope = raw.get("rope_parameters") or {}
+    default_head_dim = 128 if qk_norm else raw["hidden_size"] // heads
+    return ModelConfig.model_validate(
+        {
+            "bias": raw.get("attention_bias", False),
+            "qk_norm": qk_norm,
+            "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+            "hidden_size": raw["hidden_size"],
+            "num_hidden_layers": raw["num_hidden_layers"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": raw.get("num_key_value_heads") or heads,
+            "head_dim": raw.get("head_dim") or default_head_dim,
+            "intermediate_size": raw["intermediate_size"],
+            "vocab_size": raw["vocab_size"],
+            "max_position_embeddings": raw.get("max_position_embeddings", 2048),
+            "rope_theta": raw.get("rope_theta", rope.get("rope_theta", 10000.0)),
+            "norm_eps": raw.get("rms_norm_eps", 1e-6),
+            "dropout": {"attention": raw.get("attention_dropout", 0.0)},
+        }
+    )
+
+
+def read_hf_weights(folder: str | Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Native tensors from the folder's safetensors, whole or sharded, in the files' precision, mapped lazily."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ConfigError("no safetensors files here", seen=str(folder), do="convert other formats to safetensors first")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
+    return from_hf(config, tensors)

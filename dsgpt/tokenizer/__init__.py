@@ -1,0 +1,14 @@
+"""Text to token ids and back.
+
+    tokenizer            loads one from a folder (tokenizer.json) or by Hugging Face name; encodes, decodes, copies
+    training             trains one on texts: sentencepiece BPE or unigram, or byte-level BPE
+    sentencepiece_json   turns a sentencepiece model into an equal tokenizer.json
+
+Training on files, which needs to read them, is dsgpt.data.train_tokenizer.
+"""
+
+from __future__ import annotations
+
+from dsgpt.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["Tokenizer"]

@@ -1,0 +1,95 @@
+"""Starting a run from a config: find the hardware, resolve everything, hand over to the launcher.
+
+    end = start_run(["run.yaml", "training.max_steps=100"])
+
+Torch-free: what is wrong is said here, before 10 seconds of imports on every rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsgpt.config import LoadedConfig, load_config, split_arguments, to_yaml
+from dsgpt.errors import ConfigError
+from dsgpt.launch.follow import Follower
+from dsgpt.launch.hardware import Hardware, detect
+from dsgpt.launch.launcher import Job, JobEnd, launch_command, run_job
+from dsgpt.train.resolve import ResolvedRun, check_same_run, resolve_run
+
+CPU_RANKS = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `dsgpt train` would start."""
+
+    run: ResolvedRun
+    job: Job
+    hardware: Hardware
+    loaded: LoadedConfig
+    changes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "config": self.run.config.model_dump(mode="json"),
+            "deepspeed": self.run.deepspeed,
+            "max_steps": self.run.max_steps,
+            "world_size": self.run.world_size,
+            "gradient_accumulation_steps": self.run.gradient_accumulation_steps,
+            "command": launch_command(self.job),
+            "warnings": self.loaded.warnings,
+        }
+
+    def text(self) -> str:
+        """Everything resolved, for people: the arithmetic, config.yaml, ds_config.json and the launcher's command."""
+        parts = [f"hardware   {self.hardware}", self.run.describe()]
+        parts += [f"warning: {text}" for text in self.loaded.warnings]
+        parts += [f"changed since the last start: {text}" for text in self.changes]
+        parts += ["", "# config.yaml", to_yaml(self.run.config).rstrip()]
+        parts += ["", "# ds_config.json", json.dumps(self.run.deepspeed, indent=2)]
+        parts += ["", "# command", " ".join(launch_command(self.job))]
+        return "\n".join(parts)
+
+
+def plan_run(arguments: Sequence[str], num_processes: int | None = None, debug: bool = False) -> Plan:
+    """Resolve a run for this machine. Raises ConfigError, DataError or CheckpointError; nothing is started."""
+    paths, overrides = split_arguments(arguments)
+    loaded = load_config(paths, overrides)
+    hardware = detect()
+    wanted = loaded.config.device
+    if hardware.problems and wanted != "cpu":
+        raise ConfigError(problems=hardware.problems)
+    device = hardware.device if wanted == "auto" else wanted
+    if device == "cuda" and not hardware.num_gpus:
+        raise ConfigError("device=cuda, but there is no GPU here", seen=str(hardware), do="device=auto or device=cpu")
+    processes = num_processes or (hardware.num_gpus if device == "cuda" else CPU_RANKS)
+    if device == "cuda" and processes < hardware.num_gpus:
+        raise ConfigError(
+            "fewer ranks than GPUs on this node",
+            seen=f"--num-processes {processes}, {hardware.num_gpus} GPUs",
+            do=f"--num-processes {hardware.num_gpus}, or hide GPUs with CUDA_VISIBLE_DEVICES",
+        )
+    run = resolve_run(
+        loaded.config,
+        world_size=processes,
+        device=device,
+        gpu_memory_bytes=hardware.gpu_memory_bytes if device == "cuda" else None,
+        bf16=hardware.bf16,
+    )
+    threads = max(1, hardware.cpu_count // processes)
+    job = Job(tuple(arguments), run.output_dir, processes, device, threads, debug)
+    return Plan(run, job, hardware, loaded, check_same_run(run))
+
+
+def start_run(
+    arguments: Sequence[str], num_processes: int | None = None, quiet: bool = False, debug: bool = False
+) -> JobEnd:
+    """Start a run on this machine and wait for its end."""
+    plan = plan_run(arguments, num_processes, debug)
+    if not quiet:
+        for warning in plan.loaded.warnings:
+            print(f"warning: {warning}", flush=True)
+    return run_job(plan.job, lambda folder, attempt: Follower(folder, attempt, quiet))

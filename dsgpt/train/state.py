@@ -1,0 +1,55 @@
+"""What a run is in the middle of: counters, and the files that tell of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+
+@dataclass
+class TrainState:
+    """Counters carried by a checkpoint. `step` optimizer steps are behind us, also those left out for bad gradients."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    optimizer_steps: int = 0
+    skipped_steps: int = 0
+
+    def counters(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class JsonLines:
+    """An append-only file of JSON objects, one a line, flushed at once so that `tail -f` and other processes see it."""
+
+    def __init__(self, path: Path | None):
+        self._file: TextIO | None = path.open("a", encoding="utf-8") if path else None
+
+    def write(self, **fields: Any) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(fields) + "\n")
+            self._file.flush()
+
+
+class RunLog:
+    """metrics.jsonl and events.jsonl of a run, and the lines a person sees. Silent on all ranks but 0."""
+
+    def __init__(self, output_dir: Path, attempt: str, enabled: bool):
+        self.enabled, self.attempt = enabled, attempt
+        self._metrics = JsonLines(output_dir / "metrics.jsonl" if enabled else None)
+        self._events = JsonLines(output_dir / "events.jsonl" if enabled else None)
+
+    def metrics(self, text: str, **fields: Any) -> None:
+        if self.enabled:
+            self._metrics.write(time=time.time(), attempt=self.attempt, text=text, **fields)
+            print(text, flush=True)
+
+    def event(self, event: str, text: str = "", **fields: Any) -> None:
+        if self.enabled:
+            self._events.write(time=time.time(), attempt=self.attempt, event=event, text=text, **fields)
+            if text:
+                print(text, flush=True)

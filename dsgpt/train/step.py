@@ -1,0 +1,104 @@
+"""One training step: the step's samples, forward and backward for each micro-batch, one update.
+
+Which samples a step has depends on the seed, the data and the global batch alone. World size and micro-batch only decide
+who computes them: sample j of a step goes to micro-step j // (ranks x micro), rank (j // micro) % ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dsgpt.data.dataset import BlockDataset, SampleOrder, collate
+from dsgpt.distributed import World
+from dsgpt.engine import Engine
+from dsgpt.evaluate import Batch, to_tensors
+
+_MASK_64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did. `loss` is in nats per target token over all ranks; `data_crc` identifies what was read."""
+
+    loss: float
+    gradient_norm: float
+    targets: int
+    applied: bool
+    stop: bool
+    data_crc: int
+
+
+class StepLoader:
+    """This rank's micro-batches of a step; the next step's are read in the background meanwhile."""
+
+    def __init__(self, dataset: BlockDataset, order: SampleOrder, world: World, global_batch: int, micro_batch: int):
+        self.dataset, self.order, self.world = dataset, order, world
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dsgpt-data")
+        self._next: tuple[int, Future[list[dict[str, np.ndarray]]]] | None = None
+
+    def load(self, step: int) -> list[dict[str, np.ndarray]]:
+        future = self._next[1] if self._next and self._next[0] == step else self._pool.submit(self._read, step)
+        self._next = (step + 1, self._pool.submit(self._read, step + 1))
+        return future.result()
+
+    def _read(self, step: int) -> list[dict[str, np.ndarray]]:
+        ids = self.order.sample_ids(step * self.global_batch, self.global_batch)
+        mine = ids.reshape(-1, self.world.size, self.micro_batch)[:, self.world.rank]
+        return [collate([self.dataset[int(i)] for i in micro_ids]) for micro_ids in mine]
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def seed_micro_step(seed: int, step: int, rank: int, micro_step: int) -> None:
+    """Dropout of a micro-step depends on these four numbers only, so nothing of it has to be saved.
+
+    They are mixed by the finaliser of SplitMix64 (Steele et al. 2014), once per number.
+    """
+    mixed = seed & _MASK_64
+    for number in (step, rank, micro_step):
+        mixed = (mixed + 0x9E3779B97F4A7C15 * (number + 1)) & _MASK_64
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK_64
+        mixed ^= mixed >> 31
+    torch.manual_seed(mixed)
+
+
+def train_step(
+    engine: Engine, world: World, micro_batches: list[dict[str, np.ndarray]], *, seed: int, step: int, lr: float, stop: bool
+) -> StepReport:
+    """Forward and backward for each micro-batch, then one update. `stop` is this rank's wish; the report has everyone's."""
+    local_targets = sum(int((arrays["labels"] != -100).sum()) for arrays in micro_batches)
+    (targets,) = world.sum(local_targets)
+    loss_sum = torch.zeros((), device=world.device)
+    crc = 0
+    for micro_step, arrays in enumerate(micro_batches):
+        crc = zlib.crc32(np.ascontiguousarray(arrays["input_ids"]).tobytes(), crc)
+        seed_micro_step(seed, step, world.rank, micro_step)
+        last = micro_step == len(micro_batches) - 1
+        loss_sum += engine.forward_backward(to_tensors(arrays, world.device), targets, last)
+    total, stops, crcs = world.sum(float(loss_sum), float(stop), float(crc))
+    result = engine.step(lr)
+    return StepReport(total / targets, result.gradient_norm, int(targets), result.applied, stops > 0, int(crcs))
+
+
+def is_bad(report: StepReport) -> bool:
+    return not (report.applied and math.isfinite(report.loss) and math.isfinite(report.gradient_norm))
+
+
+def largest_micro_batch(vocab_size: int, seq_length: int, micro_batch: int, device: torch.device) -> Batch:
+    """The most expensive micro-batch there can be: full, every token a target, two documents so that the mask exists."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (micro_batch, seq_length + 1), generator=generator)
+    half = seq_length // 2
+    positions = torch.cat((torch.arange(half), torch.arange(seq_length - half))).expand(micro_batch, -1)
+    documents = (torch.arange(seq_length) >= half).int().expand(micro_batch, -1)
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "position_ids": positions, "document_ids": documents}
+    return {name: value.contiguous().to(device) for name, value in batch.items()}

@@ -1,0 +1,207 @@
+"""SIGKILL at every point and at random instants of a save: a checkpoint is wholly there or not there.
+
+Only the commit protocol runs, with small fake shards: no torch, no DeepSpeed, thousands of trials in minutes. A process
+that is forked for it saves step after step and prunes; after its death the folder must keep what is promised:
+
+* whatever is visible as a checkpoint verifies, hash by hash;
+* a step whose commit was acknowledged before the death is still there, or a newer one is;
+* the next process goes on without any cleaning by hand, and leaves no temporary or half-deleted folder behind.
+
+Two schedules. *Points*: the process kills itself before the n-th call of any C function, for every n of one round (a
+round saves a step and prunes an older one), so each gap between two system calls is hit. *Instants*: the parent kills
+it at a random moment of some rounds, so that a write is also hit half way. Controls are broken protocols (see `BROKEN`):
+a matrix that does not catch them proves nothing. Killing a process does not drop the page cache: what fsync adds is not
+shown here but by the order of the calls, in the tests of the commit protocol.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from dsgpt.checkpoint import commit as protocol
+from tests.frame import Outcome, Row
+
+NUM_SHARDS, SHARD_BYTES, KEEP_LAST = 3, 96 << 10, 2
+Commit = Callable[[Path, Path, dict], Path]
+
+
+def save(folder: Path, step: int, commit: Commit, attempt: str) -> None:
+    """One save as the ranks and rank 0 do it together, and the pruning after it."""
+    tmp = protocol.begin(folder, step, attempt)
+    names = [f"rank-{rank}.safetensors" for rank in range(NUM_SHARDS)]
+    for rank, name in enumerate(names):
+        (tmp / name).write_bytes(random.Random(f"{step}-{rank}").randbytes(SHARD_BYTES))
+    commit(folder, tmp, {"step": step, "files": protocol.hash_files(tmp, names)})
+
+
+def work(folder: Path, rounds: int, commit: Commit, acknowledge: int, prepare: Callable[[], None]) -> None:
+    """What the forked process does: start as a job does, then `rounds` times save, acknowledge, prune."""
+    attempt = f"{os.getpid():x}"
+    protocol.remove_unfinished(folder)
+    committed = protocol.list_committed(folder)
+    first = committed[-1][0] + 1 if committed else 1
+    prepare()
+    for step in range(first, first + rounds):
+        save(folder, step, commit, attempt)
+        os.write(acknowledge, f"{step}\n".encode())
+        protocol.prune(folder, KEEP_LAST)
+
+
+def trial(
+    folder: Path, rounds: int, commit: Commit, kill_after: float | None = None, die_at_call: int | None = None
+) -> tuple[int, bool]:
+    """Fork `work` and kill it; (newest acknowledged step or 0, whether it was killed before its end)."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 3
+        try:
+            prepare = (lambda: _die_at(die_at_call)) if die_at_call is not None else (lambda: None)
+            work(folder, rounds, commit, writer, prepare)
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writer)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(pid, signal.SIGKILL)
+    acknowledged = b"".join(iter(lambda: os.read(reader, 4096), b"")).split()
+    os.close(reader)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
+        raise RuntimeError(f"the saving process failed with {os.WEXITSTATUS(status)} and was not killed")
+    return (int(acknowledged[-1]) if acknowledged else 0), os.WIFSIGNALED(status)
+
+
+def _die_at(call: int) -> None:
+    """From here on count the calls of C functions, and die by SIGKILL before the given one."""
+    count = 0
+
+    def watch(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        if event == "c_call":
+            count += 1
+            if count == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(watch)
+
+
+def broken_promises(folder: Path, acknowledged: int) -> list[str]:
+    """What the folder shows that it must not. `acknowledged` is the newest step ever reported as committed."""
+    found = []
+    committed = protocol.list_committed(folder)
+    visible = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else set()
+    found += [
+        f"{name} is visible without a manifest" for name in sorted(visible - {path.name for _, path in committed})
+    ]
+    for step, path in committed:
+        found += [f"step {step}: {problem.what}" for problem in protocol.verify(path, mode="hash")]
+        manifest = json.loads((path / protocol.MANIFEST).read_text()) if not found else {"step": step}
+        found += [f"step {step} holds step {manifest['step']}"] if manifest["step"] != step else []
+    newest = committed[-1][0] if committed else 0
+    if newest < acknowledged:
+        found.append(f"step {acknowledged} was committed and the newest is {newest}")
+    return found
+
+
+def _commit_without_rename(folder: Path, tmp: Path, manifest: dict) -> Path:
+    """Control: the final folder is made first and filled afterwards."""
+    final = folder / f"step-{manifest['step']:08d}"
+    final.mkdir()
+    for path in sorted(tmp.iterdir()):
+        shutil.copyfile(path, final / path.name)
+    (final / protocol.MANIFEST).write_text(json.dumps({"format_version": protocol.FORMAT_VERSION, **manifest}))
+    shutil.rmtree(tmp)
+    return final
+
+
+def _commit_manifest_first(folder: Path, tmp: Path, manifest: dict) -> Path:
+    """Control: the manifest is complete and visible before the shards are."""
+    final = folder / f"step-{manifest['step']:08d}"
+    final.mkdir()
+    (final / protocol.MANIFEST).write_text(json.dumps({"format_version": protocol.FORMAT_VERSION, **manifest}))
+    for path in sorted(tmp.iterdir()):
+        os.rename(path, final / path.name)
+    tmp.rmdir()
+    return final
+
+
+def _commit_over_the_only_one(folder: Path, tmp: Path, manifest: dict) -> Path:
+    """Control: the older checkpoints are deleted to make room before the new one is there."""
+    for _, path in protocol.list_committed(folder):
+        shutil.rmtree(path)
+    return protocol.commit(folder, tmp, manifest)
+
+
+BROKEN = (_commit_without_rename, _commit_manifest_first, _commit_over_the_only_one)
+
+
+def every_point(folder: Path, commit: Commit, at_most: int | None = None, seed: int = 0) -> tuple[int, list[str]]:
+    """Die before every C call of one round (or before a sample of them); (points tried, promises broken)."""
+    _, _ = trial(folder, KEEP_LAST + 1, commit)  # so that the round that is attacked also deletes
+    acknowledged, broken, points, call = KEEP_LAST + 1, [], 0, 0
+    rng = random.Random(seed)
+    killed = True
+    while killed:
+        call += 1 if at_most is None else rng.randint(1, at_most)
+        newest, killed = trial(folder, 1, commit, die_at_call=call)
+        acknowledged = max(acknowledged, newest)
+        points += killed
+        found = broken_promises(folder, acknowledged)
+        broken += [f"before call {call}: {one}" for one in found]
+        if found:
+            break
+    return points, broken
+
+
+def random_instants(folder: Path, trials: int, seed: int) -> tuple[int, list[str]]:
+    """Kill at a uniformly random moment of four rounds, again and again in one folder; (kills, promises broken)."""
+    rng = random.Random(seed)
+    started = time.perf_counter()
+    acknowledged, _ = trial(folder, 4, protocol.commit)
+    four_rounds = time.perf_counter() - started
+    broken, kills = [], 0
+    for number in range(trials):
+        newest, killed = trial(folder, 4, protocol.commit, kill_after=rng.uniform(0, four_rounds))
+        kills += killed
+        acknowledged = max(acknowledged, newest)
+        broken += [f"trial {number}: {one}" for one in broken_promises(folder, acknowledged)]
+    return kills, broken
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Names that a last undisturbed start leaves and that are no checkpoint."""
+    trial(folder, 1, protocol.commit)
+    return [entry.name for entry in folder.iterdir() if entry.name.startswith(".")]
+
+
+def run(trials: int | None, seed: int) -> Outcome:
+    """Both schedules and the controls. `trials` counts the random instants (500 unless given)."""
+    trials = 500 if trials is None else trials
+    with tempfile.TemporaryDirectory(prefix="dsgpt-protocol-") as name:
+        root = Path(name)
+        points, broken_at_points = every_point(root / "points", protocol.commit)
+        kills, broken_at_instants = random_instants(root / "instants", trials, seed)
+        leftovers = [*left_behind(root / "points"), *left_behind(root / "instants")]
+        caught = [bool(every_point(root / commit.__name__, commit)[1]) for commit in BROKEN]
+    for line in [*broken_at_points, *broken_at_instants, *leftovers][:20]:
+        print(line)
+    rows = [
+        Row("kills before a C call", points, at_least=50, note="every call of a save and a prune"),
+        Row("promises broken at points", len(broken_at_points), at_most=0),
+        Row("kills at random instants", kills, at_least=trials // 4, note=f"of {trials} trials; the rest had finished"),
+        Row("promises broken at instants", len(broken_at_instants), at_most=0),
+        Row("left behind after a start", len(leftovers), at_most=0),
+        Row("broken protocols caught", sum(caught), at_least=len(BROKEN), note="controls"),
+    ]
+    return Outcome(rows, points + trials)

@@ -1,0 +1,85 @@
+"""The sample a tokenizer is trained on is bounded, uniform, repeatable and on record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dsgpt.cli.tokenizer import tokenizer as command
+from dsgpt.data.train_tokenizer import draw_sample, train_tokenizer
+from dsgpt.errors import DataError
+from tests.tokenizer.texts import python_sources
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> list[str]:
+    """Two files of 3 and 1 MB whose lines say where they stand."""
+    paths = []
+    for name, lines in (("a.txt", 100_000), ("b.jsonl", 22_000)):
+        path = tmp_path / name
+        with open(path, "w") as stream:
+            for i in range(lines):
+                text = f"{name} line {i:08d} of a text"
+                stream.write(json.dumps({"text": text}) + "\n" if name == "b.jsonl" else text + "\n")
+        paths.append(str(path))
+    return paths
+
+
+def test_a_small_corpus_is_taken_whole(corpus: list[str]) -> None:
+    texts, record = draw_sample(corpus, 10**9, seed=1, text_field="text")
+    assert record["drawn"] == "all"
+    assert texts[0] == Path(corpus[0]).read_text()
+    assert texts[1:] == [json.loads(line)["text"] for line in open(corpus[1])]
+
+
+def test_a_large_corpus_is_sampled_to_the_bound_from_everywhere(corpus: list[str]) -> None:
+    texts, record = draw_sample(corpus, 1_000_000, seed=1, text_field="text")
+    assert 1_000_000 <= record["bytes"] < 1_070_000
+    assert record["bytes"] == sum(len(text.encode()) for text in texts)
+    lines = [line for text in texts for line in text.split("\n") if line]
+    numbers = {name: [int(line.split()[2]) for line in lines if line.startswith(name)] for name in ("a.txt", "b.jsonl")}
+    for name, total in (("a.txt", 100_000), ("b.jsonl", 22_000)):
+        found = numbers[name]
+        assert len(set(found)) == len(found)
+        # From both halves, which a prefix of the corpus would not be.
+        assert min(found) < total / 2 < max(found)
+    assert all(line.endswith("of a text") for line in lines)
+
+
+def test_the_seed_alone_decides_the_sample(corpus: list[str]) -> None:
+    first, again, other = (draw_sample(corpus, 500_000, seed=seed, text_field="text")[1] for seed in (1, 1, 2))
+    assert first["sha256"] == again["sha256"] != other["sha256"]
+
+
+def test_bad_lines_are_counted_and_no_text_at_all_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "good"}\n{bad\n{"other": 1}\n{"text": "\xff"}\n')
+    assert draw_sample([str(path)], 1000, 1, "text")[1]["bad_lines"] == 3
+    with pytest.raises(DataError, match="hold no text"):
+        draw_sample([str(path)], 1000, 1, "body")
+
+
+def test_training_twice_loads_what_is_there_and_refuses_to_overwrite(tmp_path: Path) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text("".join(path.read_text("utf-8") for path in python_sources(5)), "utf-8")
+    first = train_tokenizer([source], 400, tmp_path / "out", kind="hf-bpe")
+    changed = (tmp_path / "out" / "tokenizer.json").stat().st_mtime_ns
+    assert train_tokenizer([source], 400, tmp_path / "out", kind="hf-bpe").sha256 == first.sha256
+    assert (tmp_path / "out" / "tokenizer.json").stat().st_mtime_ns == changed
+    with pytest.raises(DataError, match="different vocab_size"):
+        train_tokenizer([source], 401, tmp_path / "out", kind="hf-bpe")
+
+
+def test_the_command_prints_one_json_object(tmp_path: Path) -> None:
+    sources = [str(path) for path in python_sources(5)]
+    text = tmp_path / "text.txt"
+    text.write_text("".join(Path(source).read_text("utf-8") for source in sources), "utf-8")
+    arguments = ["train", str(text), "--vocab-size", "420", "--output", str(tmp_path / "out"), "--json"]
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    printed = json.loads(result.stdout)
+    assert printed["vocab_size"] == 420
+    assert printed["sample"]["corpus_bytes"] == text.stat().st_size
