@@ -17,9 +17,9 @@ FLOORS = {
     **dict.fromkeys(("evaluate", "generate"), 5),
     **dict.fromkeys(("engine", "checkpoint"), 4),
     **dict.fromkeys(("tokenizer", "data", "model", "optimizer"), 3),
-    **dict.fromkeys(("distributed", "stop", "planning", "launch", "report"), 2),
+    **dict.fromkeys(("distributed", "planning", "launch", "report"), 2),
     "config": 1,
-    **dict.fromkeys(("errors", "units"), 0),
+    **dict.fromkeys(("errors", "units", "process"), 0),
 }
 SIDEWAYS = {("data", "tokenizer"), ("checkpoint", "engine"), ("cli", "quickstart"), ("__main__", "cli")}
 
@@ -33,7 +33,18 @@ DOORS = {
 ENVIRONMENT = ("dsgpt.distributed", "dsgpt.launch", "dsgpt.cli", "dsgpt.quickstart")
 
 # Importing these, or anything they import in turn, loads none of the heavy libraries; a function may do so later.
-LIGHT = ("errors", "units", "config", "stop", "planning", "launch", "report", "cli", "quickstart", "checkpoint.commit")
+LIGHT = (
+    "errors",
+    "units",
+    "process",
+    "config",
+    "planning",
+    "launch",
+    "report",
+    "cli",
+    "quickstart",
+    "checkpoint.commit",
+)
 HEAVY = {
     "torch",
     "deepspeed",
@@ -48,7 +59,18 @@ HEAVY = {
 TORCH_FREE = (*LIGHT, "tokenizer", "data")
 TORCH_SIDE = {"torch", "deepspeed", "transformers", "datasets", "peft"}
 # These never import torch, not even inside a function: they start another process for what needs it.
-NEVER_TORCH = ("errors", "units", "config", "planning", "launch", "report", "tokenizer", "data", "checkpoint.commit")
+NEVER_TORCH = (
+    "errors",
+    "units",
+    "process",
+    "config",
+    "planning",
+    "launch",
+    "report",
+    "tokenizer",
+    "data",
+    "checkpoint.commit",
+)
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "imp"}
 FORBIDDEN_CALLS = {

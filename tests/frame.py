@@ -1,8 +1,8 @@
 """The frame of `python -m tests.benchmarks` and `python -m tests.faults`: list the entries, run them, say what holds.
 
-An entry is a module of the package: the first line of its docstring says what it measures, `run(trials, seed)` returns an
-Outcome. There is no registry: a new entry is a new file. Figures are never test assertions, because a busy machine must
-not turn a test red; here a must that fails ends the command with 1.
+An entry is a module of the package: the first line of its docstring says what it measures, `run(trials, seed)` returns
+an Outcome. There is no registry: a new entry is a new file. Figures are never test assertions, because a busy machine
+must not turn a test red; here a must that fails ends the command with 1.
 """
 
 from __future__ import annotations

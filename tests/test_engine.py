@@ -26,7 +26,11 @@ def deepspeed_config(stage, accumulation=ACCUMULATION):
         "train_micro_batch_size_per_gpu": MICRO,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.5,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, "memory_efficient_linear": False},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "memory_efficient_linear": False,
+        },
         "zero_allow_untested_optimizer": True,
     }
 

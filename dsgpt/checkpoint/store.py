@@ -85,7 +85,8 @@ def _write_partition(engine: Engine, folder: Path, rank: int, fragments: Sequenc
     }
     starts = {fragment.name: fragment.start for fragment in fragments}
     name = partition_file(rank)
-    save_file(tensors, folder / name, metadata={"format": "pt", "starts": json.dumps(starts)})
+    # One metadata entry only: with several, safetensors writes them in random order, and equal states differ in bytes.
+    save_file(tensors, folder / name, metadata={"starts": json.dumps(starts)})
     return commit.hash_files(folder, [name])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dsgpt.config.schema import RunConfig, default_min_learning_rate
+from dsgpt.config.schema import RunConfig, default_min_learning_rate, nearest_divisors
 from dsgpt.config.shipped import find_deepspeed_config
 from dsgpt.errors import ConfigError, Problem
 
@@ -41,24 +41,22 @@ def _check_model(config: RunConfig) -> Iterator[Finding]:
             yield _finding((f"model.{key}",), f"model.{key}: required for a model from scratch", "not set", do)
     hidden, heads, kv_heads = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
     if hidden and heads and model.head_dim is None and hidden % heads:
-        divisors = [count for count in range(1, hidden + 1) if hidden % count == 0]
-        close = sorted(divisors, key=lambda count: abs(count - heads))[:2]
         yield _finding(
             ("model.hidden_size", "model.num_attention_heads", "model.head_dim"),
             "model.num_attention_heads must divide model.hidden_size",
             f"{hidden} / {heads} = {hidden / heads:.4g}",
-            f"use {' or '.join(map(str, sorted(close)))} heads, or set model.head_dim",
+            f"use {nearest_divisors(hidden, heads)} heads, or set model.head_dim",
         )
     if heads and kv_heads and heads % kv_heads:
-        close = sorted((c for c in range(1, heads + 1) if heads % c == 0), key=lambda c: abs(c - kv_heads))[:2]
         yield _finding(
             ("model.num_attention_heads", "model.num_key_value_heads"),
             "model.num_key_value_heads must divide model.num_attention_heads",
             f"{heads} / {kv_heads} = {heads / kv_heads:.4g}",
-            f"use {' or '.join(map(str, sorted(close)))}",
+            f"use {nearest_divisors(heads, kv_heads)}",
         )
-    head_dim = model.head_dim or (hidden // heads if hidden and heads else 2)
-    if model.position_embedding == "rotary" and head_dim % 2:
+    divided = hidden // heads if hidden and heads and hidden % heads == 0 else None
+    head_dim = model.head_dim or divided
+    if model.position_embedding == "rotary" and head_dim is not None and head_dim % 2:
         yield _finding(
             ("model.head_dim", "model.hidden_size", "model.num_attention_heads", "model.position_embedding"),
             "rotary positions turn pairs of channels: the width of a head must be even",

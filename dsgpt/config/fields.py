@@ -24,9 +24,11 @@ def _refuse_lookalikes(value: Any) -> Any:
     return value
 
 
+_MOST = 10**15  # more than any run counts; keeps a slipped finger from becoming an endless computation
+
 Int = Annotated[int, BeforeValidator(_refuse_lookalikes)]
-Count = Annotated[int, BeforeValidator(_refuse_lookalikes), Field(ge=1)]
-CountOrZero = Annotated[int, BeforeValidator(_refuse_lookalikes), Field(ge=0)]
+Count = Annotated[int, BeforeValidator(_refuse_lookalikes), Field(ge=1, le=_MOST)]
+CountOrZero = Annotated[int, BeforeValidator(_refuse_lookalikes), Field(ge=0, le=_MOST)]
 Real = Annotated[float, BeforeValidator(_refuse_lookalikes)]
 Bool = StrictBool
 

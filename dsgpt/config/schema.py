@@ -98,7 +98,7 @@ class TrainingSection(Section):
     """How much is trained, in which pieces and precision. A step is an optimizer step over all GPUs."""
 
     seq_length: Count = Field(description="tokens per sequence")
-    global_batch_size: Count = Field(description="sequences per optimizer step over all GPUs")
+    global_batch_size: Count = Field(le=10**9, description="sequences per optimizer step over all GPUs")
     micro_batch_size_per_gpu: Count | Literal["auto"] = Field(
         default="auto", description="sequences per forward and backward on one GPU; auto = the most that fits"
     )
@@ -156,7 +156,7 @@ class TrainingSection(Section):
         below, above = total // per_micro_step * per_micro_step, (total // per_micro_step + 1) * per_micro_step
         remedy = f"set training.global_batch_size to {f'{below} or ' if below else ''}{above}"
         if total % world_size == 0:
-            remedy += f", or training.micro_batch_size_per_gpu to {_nearest_divisors(total // world_size, micro)}"
+            remedy += f", or training.micro_batch_size_per_gpu to {nearest_divisors(total // world_size, micro)}"
         raise ConfigError(
             "the batch does not divide: global_batch_size = micro_batch_size_per_gpu x GPUs x accumulation steps",
             seen=f"{total} = {micro} x {world_size} x {total / per_micro_step:.4g}",
@@ -164,11 +164,11 @@ class TrainingSection(Section):
         )
 
 
-def _nearest_divisors(number: int, wanted: int) -> str:
-    divisors = [candidate for candidate in range(1, number + 1) if number % candidate == 0]
-    below = max((divisor for divisor in divisors if divisor < wanted), default=None)
-    above = min((divisor for divisor in divisors if divisor > wanted), default=None)
-    return " or ".join(str(divisor) for divisor in (below, above) if divisor is not None)
+def nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of `number` next below and above `wanted`, as words: '4 or 6'."""
+    below = next((size for size in range(min(wanted - 1, number), 0, -1) if number % size == 0), None)
+    above = next((size for size in range(wanted + 1, min(number, wanted + 10**6) + 1) if number % size == 0), None)
+    return " or ".join(str(size) for size in (below, above) if size is not None)
 
 
 class ParallelSection(Section):

@@ -61,10 +61,11 @@ def hash_file(path: str | Path) -> str:
 class IndexedWriter:
     """Writes PREFIX.bin as documents arrive and PREFIX.idx at the end; hashes both on the way.
 
-    Nothing is visible under the final names before `finish` has fsynced both files and renamed them.
+    Nothing is visible under the final names before `finish` has fsynced both files and renamed them. Until then they
+    lie in `scratch`, which has to be on the same file system; by default in the folder of `prefix`.
     """
 
-    def __init__(self, prefix: str | Path, dtype: DTypeLike):
+    def __init__(self, prefix: str | Path, dtype: DTypeLike, scratch: str | Path | None = None):
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
         self.num_tokens = 0
@@ -72,7 +73,7 @@ class IndexedWriter:
         self.sha256_idx = ""
         self._lengths = array("i")
         self._hash = hashlib.sha256()
-        self._temporary = Path(f"{prefix}.{os.getpid()}.tmp")
+        self._temporary = Path(scratch or self.prefix.parent) / f"{self.prefix.name}.{os.getpid()}.tmp"
         self._stream = open(bin_path(self._temporary), "wb", buffering=1 << 20)  # noqa: SIM115 (open until finish)
 
     @property

@@ -57,7 +57,7 @@ def bad_lines_path(folder: Path, number: int) -> Path:
 
 def part_bytes(total_bytes: int) -> int:
     """Aimed-at size of a part: some parts per core on small corpora, 32 MiB, and from 32 GiB on about 1,000 parts."""
-    return max(2 << 20, min(32 << 20, total_bytes // 16), total_bytes // 1024)
+    return max(1 << 20, min(32 << 20, total_bytes // 16), total_bytes // 1024)
 
 
 def plan_parts(sources: list[tuple[str, int]], documents: Documents) -> list[Part]:
@@ -154,7 +154,8 @@ class _Outputs:
 
     def add(self, split: str, ids: list[int], text_bytes: int) -> None:
         if split not in self._writers:
-            self._writers[split] = IndexedWriter(self._folder / self._name(split), self._dtype)
+            prefix = self._folder / self._name(split)
+            self._writers[split] = IndexedWriter(prefix, self._dtype, scratch=self._folder / STATE)
         self._writers[split].add_document(ids)
         self._text_bytes[split] += text_bytes
 

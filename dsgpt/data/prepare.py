@@ -183,6 +183,8 @@ def _adopt_plan(folder: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> Non
     path = folder / STATE / "plan.json"
     if path.exists():
         _refuse_other(folder, json.loads(path.read_text("utf-8")), plan, "an unfinished dataset")
+        for leftover in path.parent.glob("*.tmp*"):
+            leftover.unlink()
     tokenizer.save(folder / TOKENIZER)
     manifests.write_durably(path, json.dumps(plan))
 

@@ -74,7 +74,7 @@ def draw_sample(paths: list[str], sample_bytes: int, seed: int, text_field: str)
                 num_bad += 1
             elif text and drawn < sample_bytes:
                 # A document can be longer than its block; none must be the whole sample.
-                kept = text if whole else text[: max(_BLOCK_BYTES, sample_bytes // 100)]
+                kept = text if whole else text[: 2 * _BLOCK_BYTES]
                 texts.append(kept)
                 digest.update(utf8 := kept.encode())
                 drawn += len(utf8)

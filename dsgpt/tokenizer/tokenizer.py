@@ -20,6 +20,7 @@ from typing import Any
 import tokenizers
 
 from dsgpt.errors import DataError
+from dsgpt.tokenizer.sentencepiece_json import cut_at_spaces
 
 # All files by which Hugging Face tokenizers are described, and our record of the training.
 _FILES = (
@@ -69,7 +70,9 @@ class Tokenizer:
             return cls._from_transformers(str(path)[3:])
         if (folder / "tokenizer.json").is_file():
             try:
-                return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), _special_of(folder), folder)
+                backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+                cut_at_spaces(backend)
+                return cls(backend, _special_of(folder), folder)
             except DataError:
                 raise
             except Exception as error:  # the library raises plain Exception for a file it cannot parse

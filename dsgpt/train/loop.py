@@ -161,10 +161,9 @@ def _build_engine(plan: ResolvedRun, world: World, log: RunLog) -> Engine:
 
 
 def _validation(plan: ResolvedRun) -> BlockDataset | None:
-    if plan.validation_path is None:
+    if plan.validation is None:
         return None
-    training, data = plan.config.training, plan.config.data
-    return BlockDataset(plan.validation_path, "validation", training.seq_length, data.document_mask)
+    return BlockDataset(*plan.validation, plan.config.training.seq_length, plan.config.data.document_mask)
 
 
 def _rehearse(run: Run) -> None:
@@ -306,7 +305,7 @@ def _log_step(run: Run, report: StepReport, lr: float, meter: Meter) -> None:
 
 
 def _evaluate(run: Run) -> Evaluation | None:
-    if run.validation is None or run.validation.num_samples == 0:
+    if run.validation is None:
         return None
     micro_batch = run.plan.config.training.micro_batch_size_per_gpu
     limit = run.plan.config.logging.eval_samples

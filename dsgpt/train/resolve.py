@@ -32,7 +32,7 @@ class ResolvedRun:
     deepspeed: dict[str, Any]
     dataset: DatasetManifest
     dataset_path: Path
-    validation_path: Path | None
+    validation: tuple[Path, str] | None
     world_size: int
     device: str
     max_steps: int
@@ -72,7 +72,7 @@ def resolve_run(
     config: RunConfig, *, world_size: int, device: str, gpu_memory_bytes: int | None = None, bf16: bool = True
 ) -> ResolvedRun:
     """Fill everything in. Raises ConfigError or DataError, with all problems of a kind at once."""
-    dataset_path = _dataset_path(config, 0, config.data.train)
+    dataset_path = _dataset_path(config, config.data.train[0].path)
     dataset = load_manifest(dataset_path)
     t = config.training
     train = dataset.splits.get("train")
@@ -90,7 +90,7 @@ def resolve_run(
             seen=f"model.vocab_size={model.vocab_size}, tokenizer {dataset.tokenizer.vocab_size}",
             do=f"model.vocab_size={dataset.tokenizer.vocab_size}, or leave it out",
         )
-    validation_path = _validation_path(config, dataset_path, dataset)
+    validation = _validation_split(config, dataset_path, dataset)
     config = _with_model(config, model)
     config, notes = resolve_auto(
         config, world_size=world_size, device=device, gpu_memory_bytes=gpu_memory_bytes, bf16=bf16
@@ -103,7 +103,7 @@ def resolve_run(
         fill_deepspeed(config, world_size),
         dataset,
         dataset_path,
-        validation_path,
+        validation,
         world_size,
         device,
         max_steps,
@@ -112,16 +112,18 @@ def resolve_run(
     )
 
 
-def _dataset_path(config: RunConfig, index: int, sources: Any) -> Path:
-    path = sources[index].path
+def _dataset_path(config: RunConfig, path: Path) -> Path:
     return config.data.root / path if config.data.root and not path.is_absolute() else path
 
 
-def _validation_path(config: RunConfig, train_path: Path, train: DatasetManifest) -> Path | None:
-    """The dataset whose validation split is evaluated, or None where there is none. Its tokenizer must be the same."""
+def _validation_split(config: RunConfig, train_path: Path, train: DatasetManifest) -> tuple[Path, str] | None:
+    """Which split of which dataset is evaluated, None where there is none. Its tokenizer must be the training data's.
+
+    A dataset named under data.validation serves whole: its validation split, or all of it where it has none.
+    """
     if not config.data.validation:
-        return train_path if "validation" in train.splits else None
-    path = _dataset_path(config, 0, config.data.validation)
+        return (train_path, "validation") if "validation" in train.splits else None
+    path = _dataset_path(config, config.data.validation[0].path)
     manifest = load_manifest(path)
     if manifest.tokenizer.sha256 != train.tokenizer.sha256:
         raise DataError(
@@ -129,7 +131,7 @@ def _validation_path(config: RunConfig, train_path: Path, train: DatasetManifest
             seen=f"{path}: {manifest.tokenizer.sha256[:12]}, {train_path}: {train.tokenizer.sha256[:12]}",
             do="prepare it again with the training data's tokenizer",
         )
-    return path
+    return path, "validation" if "validation" in manifest.splits else "train"
 
 
 def _model_config(config: RunConfig, dataset: DatasetManifest) -> ModelConfig:

@@ -9,8 +9,8 @@ that is forked for it saves step after step and prunes; after its death the fold
 
 Two schedules. *Points*: the process kills itself before the n-th call of any C function, for every n of one round (a
 round saves a step and prunes an older one), so each gap between two system calls is hit. *Instants*: the parent kills
-it at a random moment of some rounds, so that a write is also hit half way. Controls are broken protocols (see `BROKEN`):
-a matrix that does not catch them proves nothing. Killing a process does not drop the page cache: what fsync adds is not
+it at a random moment of some rounds, so that a write is also hit half way. Controls are broken protocols (`BROKEN`): a
+matrix that does not catch them proves nothing. Killing a process does not drop the page cache: what fsync adds is not
 shown here but by the order of the calls, in the tests of the commit protocol.
 """
 
@@ -47,6 +47,7 @@ def work(folder: Path, rounds: int, commit: Commit, acknowledge: int, prepare: C
     """What the forked process does: start as a job does, then `rounds` times save, acknowledge, prune."""
     attempt = f"{os.getpid():x}"
     protocol.remove_unfinished(folder)
+    protocol.prune(folder, KEEP_LAST)
     committed = protocol.list_committed(folder)
     first = committed[-1][0] + 1 if committed else 1
     prepare()
@@ -105,9 +106,10 @@ def broken_promises(folder: Path, acknowledged: int) -> list[str]:
         f"{name} is visible without a manifest" for name in sorted(visible - {path.name for _, path in committed})
     ]
     for step, path in committed:
-        found += [f"step {step}: {problem.what}" for problem in protocol.verify(path, mode="hash")]
-        manifest = json.loads((path / protocol.MANIFEST).read_text()) if not found else {"step": step}
-        found += [f"step {step} holds step {manifest['step']}"] if manifest["step"] != step else []
+        problems = protocol.verify(path, mode="hash")
+        found += [f"step {step}: {problem.what}" for problem in problems]
+        if not problems and protocol.read_manifest(path)["step"] != step:
+            found.append(f"step {step} holds another step")
     newest = committed[-1][0] if committed else 0
     if newest < acknowledged:
         found.append(f"step {acknowledged} was committed and the newest is {newest}")
@@ -146,21 +148,18 @@ def _commit_over_the_only_one(folder: Path, tmp: Path, manifest: dict) -> Path:
 BROKEN = (_commit_without_rename, _commit_manifest_first, _commit_over_the_only_one)
 
 
-def every_point(folder: Path, commit: Commit, at_most: int | None = None, seed: int = 0) -> tuple[int, list[str]]:
-    """Die before every C call of one round (or before a sample of them); (points tried, promises broken)."""
-    _, _ = trial(folder, KEEP_LAST + 1, commit)  # so that the round that is attacked also deletes
-    acknowledged, broken, points, call = KEEP_LAST + 1, [], 0, 0
-    rng = random.Random(seed)
-    killed = True
-    while killed:
-        call += 1 if at_most is None else rng.randint(1, at_most)
+def every_point(folder: Path, commit: Commit) -> tuple[int, list[str]]:
+    """Die before every C call of one round, up to the first broken promise; (points tried, promises broken)."""
+    acknowledged, _ = trial(folder, KEEP_LAST + 1, commit)  # the round that is attacked shall also delete
+    points, call, broken = 0, 0, []
+    while not broken:
+        call += 1
         newest, killed = trial(folder, 1, commit, die_at_call=call)
-        acknowledged = max(acknowledged, newest)
-        points += killed
-        found = broken_promises(folder, acknowledged)
-        broken += [f"before call {call}: {one}" for one in found]
-        if found:
+        if not killed:
             break
+        points += 1
+        acknowledged = max(acknowledged, newest)
+        broken = [f"before call {call}: {one}" for one in broken_promises(folder, acknowledged)]
     return points, broken
 
 

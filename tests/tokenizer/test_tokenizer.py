@@ -10,6 +10,7 @@ import pytest
 from dsgpt.data.train_tokenizer import train_tokenizer
 from dsgpt.errors import ConfigError, DataError
 from dsgpt.tokenizer import Tokenizer
+from dsgpt.tokenizer.sentencepiece_json import cut_at_spaces
 from dsgpt.tokenizer.training import train_on_texts
 from tests.tokenizer.texts import DIFFICULT, fuzz, python_sources
 
@@ -93,6 +94,22 @@ def test_line_ends_and_indentation_are_part_of_tokens(trained: dict[str, Path]) 
     tokenizer = Tokenizer.load(trained["sentencepiece-bpe"])
     assert len(tokenizer.encode(" " * 8)) == 1
     assert len(tokenizer.encode(":\n")) == 1
+
+
+def test_cutting_at_spaces_beforehand_changes_no_id(trained: dict[str, Path]) -> None:
+    import tokenizers
+
+    path = trained["sentencepiece-bpe"] / "tokenizer.json"
+    whole, cut = (tokenizers.Tokenizer.from_file(str(path)) for _ in range(2))
+    cut_at_spaces(cut)
+    assert (whole.pre_tokenizer, type(cut.pre_tokenizer).__name__) == (None, "Split")
+    assert [cut.encode(text).ids for text in texts()] == [whole.encode(text).ids for text in texts()]
+    # With a piece that goes on after a space it would, so then nothing is cut.
+    content = json.loads(path.read_text("utf-8"))
+    content["model"]["vocab"]["x▁y"] = VOCAB_SIZE
+    crossing = tokenizers.Tokenizer.from_str(json.dumps(content))
+    cut_at_spaces(crossing)
+    assert crossing.pre_tokenizer is None
 
 
 def test_encode_batch_gives_what_encode_gives(trained: dict[str, Path]) -> None:

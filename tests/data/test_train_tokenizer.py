@@ -32,7 +32,7 @@ def test_a_small_corpus_is_taken_whole(corpus: list[str]) -> None:
     texts, record = draw_sample(corpus, 10**9, seed=1, text_field="text")
     assert record["drawn"] == "all"
     assert texts[0] == Path(corpus[0]).read_text()
-    assert texts[1:] == [json.loads(line)["text"] for line in open(corpus[1])]
+    assert texts[1:] == [json.loads(line)["text"] for line in Path(corpus[1]).read_text().splitlines()]
 
 
 def test_a_large_corpus_is_sampled_to_the_bound_from_everywhere(corpus: list[str]) -> None:

@@ -1,0 +1,60 @@
+"""What every test session sets first, and what it says last: which tests did not run, and why.
+
+The environment is set before any test module imports torch or DeepSpeed. Nothing is fetched: the Hugging Face libraries
+are told to stay offline, so that a test that needs the network fails here and not on the next machine without one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dsgpt.launch.hardware import gpu_signs
+
+HAS_GPU = bool(gpu_signs(os.environ, Path("/")).evidence)
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+if not HAS_GPU:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+# marker -> (why its tests cannot run here, or nothing)
+UNAVAILABLE = {
+    "gpu": "" if HAS_GPU else "no GPU here",
+    "slurm": "" if shutil.which("sbatch") else "no sbatch on PATH",
+}
+TIERS = ("slow", "slurm", "gpu", "network")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that was asked for and cannot run here is skipped with the reason."""
+    for item in items:
+        for marker, reason in UNAVAILABLE.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+_left_out: Counter[str] = Counter()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        _left_out[" and ".join(tier for tier in TIERS if item.get_closest_marker(tier)) or "other"] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was left out by the selection, which pytest itself only counts."""
+    tiers = {name: count for name, count in _left_out.items() if name != "other"}
+    if not tiers:
+        return
+    terminalreporter.section("not selected")
+    about = dict(line.split(": ", 1) for line in config.getini("markers") if line.split(": ")[0] in TIERS)
+    for name, count in sorted(tiers.items()):
+        reason = "; ".join(about.get(tier, tier) for tier in name.split(" and "))
+        terminalreporter.write_line(f"{count} {name}: {reason}. Run them with: pytest -m '{name}'")
