@@ -209,9 +209,18 @@ class Engine:
         # Not get_hp_fragment(kind): with several parameter groups DeepSpeed links optimizer states after the first group's
         # step, when the other groups have none yet, and never again.
         mapping = parameter._hp_mapping
-        flat = self._optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        flat = self._flat_partitions()[mapping.param_group_index]
         whole = flat if kind == MASTER else self._torch_optimizer.state[flat][kind]
         return whole.data.narrow(0, mapping.hp_fragment_address.start, fragment.numel)
+
+    def _flat_partitions(self) -> list[Tensor]:
+        """This rank's fp32 masters at stages 1-2, one flat tensor per parameter group.
+
+        With bf16, fp32 gradient accumulation and stage 1 DeepSpeed uses another optimizer class with other names.
+        """
+        if hasattr(self._optimizer, "fp32_groups_flat_partition"):
+            return self._optimizer.fp32_groups_flat_partition
+        return self._optimizer.single_partition_of_fp32_groups
 
     def load(self, source: Callable[[Fragment, str], Tensor], kinds: tuple[str, ...], optimizer_steps: int) -> None:
         """Fill this rank's fragments from `source(fragment, kind)`, then refresh the working copies on all ranks.

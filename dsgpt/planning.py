@@ -9,6 +9,7 @@ global batch, hence never what is learned. Torch-free.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -221,7 +222,8 @@ def _choose(config: RunConfig, fits: _Fits, device: str, notes: list[str]) -> _C
 
 
 def _micro_batch(share: int, choice: _Choice, fits: _Fits, device: str) -> tuple[int, str]:
-    divisors = [size for size in range(share, 0, -1) if share % size == 0]
+    small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
+    divisors = sorted({*small, *(share // size for size in small)}, reverse=True)
     if device == "cpu":
         micro = next(size for size in divisors if size <= _CPU_MICRO_BATCH)
         return micro, f"the largest divisor of {share} sequences per rank up to {_CPU_MICRO_BATCH}"

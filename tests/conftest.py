@@ -24,7 +24,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 if not HAS_GPU:
     os.environ["DS_ACCELERATOR"] = "cpu"
 
-# marker -> (why its tests cannot run here, or nothing)
+# marker -> why its tests cannot run here, empty where they can
 UNAVAILABLE = {
     "gpu": "" if HAS_GPU else "no GPU here",
     "slurm": "" if shutil.which("sbatch") else "no sbatch on PATH",

@@ -36,7 +36,10 @@ def begin(checkpoints_dir: Path, step: int, attempt: str) -> Path:
     tmp = checkpoints_dir / f".tmp-step-{step:08d}-{attempt}"
     if tmp.exists():
         shutil.rmtree(tmp)
-    tmp.mkdir(parents=True)
+    if not checkpoints_dir.is_dir():
+        checkpoints_dir.mkdir(parents=True)
+        fsync_path(checkpoints_dir.parent)
+    tmp.mkdir()
     return tmp
 
 
@@ -128,8 +131,8 @@ def verify(checkpoint: Path, mode: str = "hash", only: Sequence[str] | None = No
     problems = []
     for name in files if only is None else only:
         entry = files.get(name)
-        if entry is None:
-            problems.append(Problem("file missing from the manifest", seen=name))
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            problems.append(Problem("the manifest's entry of a file is missing or malformed", seen=f"{name}: {entry!r}"))
             continue
         if os.path.basename(name) != name or name in (os.curdir, os.pardir):
             problems.append(Problem("file name leaves the checkpoint", seen=name))

@@ -166,8 +166,9 @@ class TrainingSection(Section):
 
 def nearest_divisors(number: int, wanted: int) -> str:
     """The divisors of `number` next below and above `wanted`, as words: '4 or 6'."""
-    below = next((size for size in range(min(wanted - 1, number), 0, -1) if number % size == 0), None)
-    above = next((size for size in range(wanted + 1, min(number, wanted + 10**6) + 1) if number % size == 0), None)
+    start, reach = min(wanted - 1, number), 10**6  # further away is no help
+    below = next((size for size in range(start, max(0, start - reach), -1) if number % size == 0), None)
+    above = next((size for size in range(wanted + 1, min(number, wanted + reach) + 1) if number % size == 0), None)
     return " or ".join(str(size) for size in (below, above) if size is not None)
 
 

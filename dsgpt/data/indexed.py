@@ -20,6 +20,7 @@ import struct
 from array import array
 from bisect import bisect_left
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -28,7 +29,7 @@ from dsgpt.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPE_OF_CODE = {
+_DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
     1: np.dtype(np.uint8),
     2: np.dtype(np.int8),
     3: np.dtype(np.int16),

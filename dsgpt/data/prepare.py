@@ -43,7 +43,7 @@ from dsgpt.data.parts import (
 )
 from dsgpt.data.sources import DOCUMENTS, Documents, find_sources
 from dsgpt.data.workers import Counts, Pool
-from dsgpt.errors import ConfigError, DataError, LockedError
+from dsgpt.errors import ConfigError, DataError, DsgptError, LockedError
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
 BAD_LINES = "bad_lines.jsonl"
@@ -80,7 +80,7 @@ def prepare(
 
     A folder that already holds the finished dataset of the same content, tokenizer and settings is returned as it is.
     Raises DataError (sources, too many bad records, a folder that holds something else), ConfigError (arguments),
-    LockedError (another process is preparing into this folder).
+    LockedError (no write access, or another process is at work there), DsgptError (disk full, a worker killed).
     """
     _check_arguments(workers, validation, documents, max_bad_fraction)
     report = progress or (lambda _: None)
@@ -148,11 +148,14 @@ def _hash_sources(paths: Sequence[Path], workers: int, report: Callable[[Progres
         raise DataError("all inputs are empty", seen=", ".join(map(str, paths[:5])), do="name files that hold text")
     sources = []
     # Threads, because hashing does not hold the interpreter lock and starting processes takes longer than most hashes.
-    with ThreadPoolExecutor(workers) as threads:
-        for path, size, digest in zip(paths, sizes, threads.map(hash_file, paths), strict=True):
-            sources.append(SourceFile(path=str(path), bytes=size, sha256=digest))
-            done += size
-            report(Progress("hash", total, Counts(num_bytes=done)))
+    try:
+        with ThreadPoolExecutor(workers) as threads:
+            for path, size, digest in zip(paths, sizes, threads.map(hash_file, paths), strict=True):
+                sources.append(SourceFile(path=str(path), bytes=size, sha256=digest))
+                done += size
+                report(Progress("hash", total, Counts(num_bytes=done)))
+    except OSError as error:
+        raise DataError("an input cannot be read", seen=str(error), do="check its permissions") from error
     return sources
 
 
@@ -219,8 +222,16 @@ def _run_parts(
         report(Progress("tokenize", total_bytes, earlier + counts, earlier.num_bytes))
 
     todo = [(part, folder, settings, dtype) for part in parts if part.number not in records]
-    for record in pool.run(run_part, todo, tell):
-        records[record.number] = record
+    try:
+        for record in pool.run(run_part, todo, tell):
+            records[record.number] = record
+    except OSError as error:
+        raise DsgptError(
+            "reading or writing failed half way",
+            seen=str(error),
+            do=f"make room or repair what is named, then run the same command again; {len(records)} of {len(parts)} "
+            "parts are finished and kept",
+        ) from error
     return [records[part.number] for part in parts]
 
 

@@ -101,7 +101,7 @@ class Pool:
                 done, waiting = wait(waiting, timeout=_TICK_SECONDS, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
-                tell(Counts(*self._totals))
+                tell(Counts(*self._totals[:]))
         except BrokenProcessPool as error:
             raise DsgptError(
                 "a worker process died",

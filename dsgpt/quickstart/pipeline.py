@@ -104,13 +104,14 @@ class Quickstart:
         self._command(name, "data", "prepare", text, "--tokenizer", tokenizer, "--output", output)
 
     def _train_arguments(self) -> list[str]:
-        overrides = {
+        overrides: dict[str, Any] = {
             "run.output_dir": self.run_dir,
             "data.train": f"[{{path: {json.dumps(str(self.folder / 'data'))}}}]",
             "data.validation": f"[{{path: {json.dumps(str(self.folder / 'heldout'))}}}]",
         }
         if self.steps:
             overrides["training.max_steps"] = str(self.steps)
+            overrides["optimizer.warmup_steps"] = str(min(20, self.steps // 4))
         return ["train", "quickstart", *(f"{key}={value}" for key, value in overrides.items())]
 
     def _train(self) -> int | None:

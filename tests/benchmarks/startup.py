@@ -38,6 +38,7 @@ CACHES = (
 
 def run(trials: int | None, seed: int) -> Outcome:
     """Five trials of the light commands and three of training unless `trials` says otherwise."""
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="dsgpt-startup-") as name:
         folder = Path(name)
         helps = [_seconds(["--help"], folder) for _ in range(trials or 5)]
@@ -49,6 +50,7 @@ def run(trials: int | None, seed: int) -> Outcome:
             _row("dsgpt config validate", validates, 1.0),
             _row("dsgpt train to first step, cold", [seconds for seconds, _ in starts], 20.0),
             Row("files built on the way", max(built for _, built in starts), at_most=0, note="below the empty home"),
+            Row("load average before", load, note=f"{os.cpu_count()} CPUs; others at work make every figure worse"),
         ]
     return Outcome(rows, len(starts))
 
@@ -68,7 +70,13 @@ def _environment(home: Path) -> dict[str, str]:
 
 def _seconds(arguments: list[str], folder: Path) -> float:
     started = time.perf_counter()
-    subprocess.run([*DSGPT, *arguments], check=True, stdout=subprocess.DEVNULL, env=_environment(folder / "home"))
+    subprocess.run(
+        [*DSGPT, *arguments],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=_environment(folder / "home"),
+    )
     return time.perf_counter() - started
 
 

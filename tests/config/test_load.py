@@ -167,6 +167,7 @@ def test_a_key_in_the_wrong_section_is_told_its_place(minimal: Path) -> None:
         ("training.seq_length=true", "not true or false"),
         ("training.seq_length=1.5", "fractional part"),
         ("training.seq_length=0", "greater than or equal to 1"),
+        ("model.hidden_size=999999999999999999999999", "less than or equal to 1000000000000000"),
         ("training.seq_length=010", "must be a number"),
         ("training.max_grad_norm=.nan", "finite"),
         ("training.micro_batch_size_per_gpu=many", "'auto'"),

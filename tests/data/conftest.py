@@ -23,10 +23,10 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def documents() -> list[str]:
-    """About 3 MB in some thousand texts, no two equal."""
+    """About 2.5 MB in some thousand texts, no two equal."""
     rng = random.Random(5)
     words = [word for text in fuzz(200, seed=3) for word in text.split()]
-    texts = [f"{i}: " + " ".join(rng.choices(words, k=rng.randrange(1, 700))) for i in range(1800)]
+    texts = [f"{i}: " + " ".join(rng.choices(words, k=rng.randrange(1, 700))) for i in range(1300)]
     return [text for text in DIFFICULT if text] + texts
 
 
@@ -34,7 +34,7 @@ def documents() -> list[str]:
 def corpus(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
     """The documents in two .jsonl files of unequal size."""
     folder = tmp_path_factory.mktemp("corpus")
-    for name, texts in (("a.jsonl", documents[:1500]), ("sub/b.jsonl", documents[1500:])):
+    for name, texts in (("a.jsonl", documents[:1000]), ("sub/b.jsonl", documents[1000:])):
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -22,7 +23,7 @@ from dsgpt.data.indexed import IndexedReader
 from dsgpt.data.manifest import DatasetManifest, load_manifest
 from dsgpt.data.parts import plan_parts, share_of
 from dsgpt.data.prepare import Progress, prepare
-from dsgpt.errors import ConfigError, DataError, LockedError
+from dsgpt.errors import ConfigError, DataError, DsgptError, LockedError
 from dsgpt.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -208,6 +209,26 @@ def test_two_preparations_do_not_write_into_one_folder(tmp_path: Path, tokenizer
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(LockedError, match="another process is preparing"):
             small(tmp_path, tokenizer_folder, [row("x")])
+
+
+def test_a_full_disk_is_an_error_after_which_the_same_command_continues(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [row("a" * 1000 + str(i)) for i in range(3000)]
+    replace = os.replace
+
+    def full(source: object, target: object) -> None:
+        if "train-00001" in str(target):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(str(source), str(target))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(DsgptError, match="No space left on device") as caught:
+        small(tmp_path, tokenizer_folder, lines)
+    assert "1 of 3 parts are finished" in str(caught.value)
+    monkeypatch.undo()
+    assert small(tmp_path, tokenizer_folder, lines).splits["train"].documents == 3000
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {"", ".json", ".bin", ".idx"}
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -1,0 +1,122 @@
+"""The native GPT against plain PyTorch: loss, gradients, document masks, cached generation, recomputation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsgpt.config import Dropout, ModelConfig
+from dsgpt.generate import Sampling, generate_ids
+from dsgpt.model import gpt
+from dsgpt.model.gpt import GPT, KeyValueCache
+from dsgpt.model.recompute import apply_activation_checkpointing
+
+BASE = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8,
+    "intermediate_size": 48, "vocab_size": 97, "max_position_embeddings": 24, "dropout": Dropout(),
+}  # fmt: skip
+LLAMA = ModelConfig(**{**BASE, "num_key_value_heads": 2})
+QWEN = ModelConfig(**BASE, qk_norm=True, tie_word_embeddings=False)
+GPT2 = ModelConfig(**BASE, norm="layernorm", position_embedding="learned", activation="gelu", bias=True)
+KINDS = {"llama": LLAMA, "qwen3": QWEN, "gpt2": GPT2}
+
+
+def make(config, seed=0, scale=10.0):
+    """A model with weights large enough that logits spread: near-zero logits would hide mistakes."""
+    torch.manual_seed(seed)
+    model = GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.02 * scale if p.dim() > 1 else p + 0.1 * torch.randn_like(p))
+    return model
+
+
+def ids_and_labels(config, batch=3, length=20):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(config.vocab_size, (batch, length + 1), generator=generator)
+    labels = ids[:, 1:].clone()
+    labels[0, :5] = -100
+    return ids[:, :-1], labels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [64, 10**9])
+def test_chunked_loss_and_gradients_equal_plain_cross_entropy(kind, rows, monkeypatch):
+    monkeypatch.setattr(gpt, "_LOGIT_CHUNK_ELEMENTS", rows)
+    config = KINDS[kind]
+    ids, labels = ids_and_labels(config, batch=8)
+    chunked, plain = make(config), make(config)
+    loss = chunked(ids, labels=labels)
+    (2.5 * loss).backward()
+    logits = plain(ids)
+    assert logits.std() > 1
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    (2.5 * expected).backward()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    for (name, ours), theirs in zip(chunked.named_parameters(), plain.parameters(), strict=True):
+        # A key bias shifts all scores of a query alike: its true gradient is 0, what is left is rounding.
+        error = (ours.grad - theirs.grad).norm() / theirs.grad.norm().clamp(min=1.0)
+        assert error < 2e-6, (name, error)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_documents_compute_what_they_compute_alone(kind):
+    config = KINDS[kind]
+    model = make(config).eval()
+    ids, _ = ids_and_labels(config, batch=1)
+    cut = 7
+    positions = torch.cat((torch.arange(cut), torch.arange(20 - cut)))[None]
+    documents = (torch.arange(20) >= cut).int()[None]
+    with torch.no_grad():
+        packed = model(ids, position_ids=positions, document_ids=documents)
+        torch.testing.assert_close(packed[:, :cut], model(ids[:, :cut]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(packed[:, cut:], model(ids[:, cut:]), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(packed[:, cut:], model(ids)[:, cut:], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_steps_give_the_logits_of_one_pass(kind):
+    model = make(KINDS[kind]).eval()
+    ids, _ = ids_and_labels(KINDS[kind])
+    with torch.no_grad():
+        whole, cache = model(ids), KeyValueCache()
+        pieces = [model(part, cache=cache) for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:12], ids[:, 12:])]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_generation_equals_taking_the_largest_logit_each_time():
+    model = make(LLAMA).eval()
+    ids = [5, 17, 3]
+    expected = list(ids)
+    for _ in range(12):
+        expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
+    assert list(generate_ids(model, ids, Sampling(12, temperature=0), eos_id=None)) == expected[3:]
+    stop = expected[6]
+    shorter = expected[3 : expected.index(stop, 3)]
+    assert list(generate_ids(model, ids, Sampling(12, temperature=0), eos_id=stop)) == shorter
+    assert len(list(generate_ids(model, ids, Sampling(60, seed=3), eos_id=None))) == 60, "longer than the context"
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_recomputed_activations_give_the_same_gradients_with_dropout_on(kind, mode):
+    config = KINDS[kind].model_copy(update={"dropout": Dropout(embedding=0.1, attention=0.1, residual=0.1)})
+    ids, labels = ids_and_labels(config)
+    gradients = []
+    for recompute in (False, True):
+        model = make(config)
+        apply_activation_checkpointing(model, mode if recompute else "none")
+        torch.manual_seed(3)
+        model(ids, labels=labels).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_is_off_in_evaluation_and_on_in_training():
+    config = LLAMA.model_copy(update={"dropout": Dropout(embedding=0.5)})
+    model = make(config)
+    ids, _ = ids_and_labels(config)
+    assert not torch.equal(model(ids), model(ids))
+    assert torch.equal(model.eval()(ids), model(ids))
