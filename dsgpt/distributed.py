@@ -125,9 +125,13 @@ def folder_lock(folder: Path, world: World) -> Iterator[None]:
             file = (folder / ".lock").open("w")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            error = LockedError("another job is using this run folder", seen=str(folder), do="wait for it, or cancel it")
+            error = LockedError(
+                "another job is using this run folder", seen=str(folder), do="wait for it, or cancel it"
+            )
         except OSError as problem:
-            error = LockedError("the run folder cannot be written", seen=str(problem), do="choose another run.output_dir")
+            error = LockedError(
+                "the run folder cannot be written", seen=str(problem), do="choose another run.output_dir"
+            )
     try:
         world.agree(error, "locking the run folder")
         yield
@@ -147,4 +151,3 @@ def set_deterministic(threads: int | None = None) -> None:
     torch.backends.cudnn.deterministic = True
     if threads:
         torch.set_num_threads(threads)
-

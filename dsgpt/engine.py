@@ -56,7 +56,9 @@ def prepare_process() -> None:
 
 
 def init_distributed(world: World) -> None:
-    deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        "nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+    )
 
 
 def construct(build: Callable[[], nn.Module], deepspeed_config: Mapping[str, Any]) -> nn.Module:

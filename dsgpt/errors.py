@@ -15,9 +15,9 @@ numbers (a config with five typos) carry a list of problems and print all of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Sequence
 
 
 class ExitCode(IntEnum):

@@ -67,7 +67,9 @@ def evaluate_split(
     split's bytes, because blocks end in the middle of documents.
     """
     if dataset.num_samples == 0:
-        raise DataError("the split is shorter than one sequence", do="set more text aside, or lower training.seq_length")
+        raise DataError(
+            "the split is shorter than one sequence", do="set more text aside, or lower training.seq_length"
+        )
     loss, tokens = torch.zeros((), dtype=torch.float64), 0
     for arrays in _rank_batches(dataset, world, micro_batch, limit):
         tokens += int((arrays["labels"] != IGNORE_INDEX).sum())

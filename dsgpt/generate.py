@@ -63,5 +63,8 @@ def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampl
         ids = [tokenizer.eos_id or 0]
     new = list(generate_ids(model, ids, sampling, tokenizer.eos_id))
     # Decoded together with the prompt: a token's text can depend on the one before it.
-    whole, start = tokenizer.decode(ids + new, skip_special_tokens=True), tokenizer.decode(ids, skip_special_tokens=True)
+    whole, start = (
+        tokenizer.decode(ids + new, skip_special_tokens=True),
+        tokenizer.decode(ids, skip_special_tokens=True),
+    )
     return whole[len(start) :], len(new)

@@ -7,6 +7,7 @@ the slow imports of a worker start: until then the default action of these signa
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import secrets
@@ -20,10 +21,8 @@ _PR_SET_PDEATHSIG = 1
 
 def die_with_parent() -> None:
     """Ask Linux to send this process SIGTERM when its parent dies, so that no orphan keeps computing."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # not Linux: the launcher's own clean-up remains
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    except (OSError, AttributeError):
-        pass  # not Linux: the launcher's own clean-up remains
 
 
 def free_port() -> int:

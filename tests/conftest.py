@@ -29,6 +29,10 @@ UNAVAILABLE = {
     "gpu": "" if HAS_GPU else "no GPU here",
     "slurm": "" if shutil.which("sbatch") else "no sbatch on PATH",
 }
+# Imported after the environment is set; pytest finds fixtures by name in this module.
+from tests import pool  # noqa: E402
+from tests.run_fixtures import dataset, write_run  # noqa: E402, F401
+
 TIERS = ("slow", "slurm", "gpu", "network")
 
 
@@ -46,6 +50,10 @@ _left_out: Counter[str] = Counter()
 def pytest_deselected(items: list[pytest.Item]) -> None:
     for item in items:
         _left_out[" and ".join(tier for tier in TIERS if item.get_closest_marker(tier)) or "other"] += 1
+
+
+def pytest_sessionfinish() -> None:
+    pool.close_all()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

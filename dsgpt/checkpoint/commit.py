@@ -77,7 +77,9 @@ def commit(checkpoints_dir: Path, tmp: Path, manifest: dict[str, Any]) -> Path:
     """
     final = checkpoints_dir / f"step-{manifest['step']:08d}"
     if final.exists():
-        raise CheckpointError(f"step {manifest['step']} is committed already", seen=str(final), do="remove or rename it")
+        raise CheckpointError(
+            f"step {manifest['step']} is committed already", seen=str(final), do="remove or rename it"
+        )
     manifest = {"format_version": FORMAT_VERSION, **manifest}
     path = tmp / MANIFEST
     with path.open("w", encoding="utf-8") as file:
@@ -132,7 +134,9 @@ def verify(checkpoint: Path, mode: str = "hash", only: Sequence[str] | None = No
     for name in files if only is None else only:
         entry = files.get(name)
         if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
-            problems.append(Problem("the manifest's entry of a file is missing or malformed", seen=f"{name}: {entry!r}"))
+            problems.append(
+                Problem("the manifest's entry of a file is missing or malformed", seen=f"{name}: {entry!r}")
+            )
             continue
         if os.path.basename(name) != name or name in (os.curdir, os.pardir):
             problems.append(Problem("file name leaves the checkpoint", seen=name))
@@ -142,7 +146,9 @@ def verify(checkpoint: Path, mode: str = "hash", only: Sequence[str] | None = No
             if path.is_symlink() or not path.is_file():
                 problems.append(Problem("file missing or not a plain file", seen=str(path)))
             elif path.stat().st_size != entry["bytes"]:
-                problems.append(Problem("file size differs", seen=f"{path}: {path.stat().st_size}, not {entry['bytes']}"))
+                problems.append(
+                    Problem("file size differs", seen=f"{path}: {path.stat().st_size}, not {entry['bytes']}")
+                )
             elif mode == "hash" and hash_file(path) != entry["sha256"]:
                 problems.append(Problem("file content differs from its hash", seen=str(path)))
         except OSError as error:

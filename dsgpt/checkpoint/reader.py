@@ -66,7 +66,9 @@ class CheckpointReader:
                 result[low - start : high - start] = piece
                 found += high - low
         if found != numel:
-            raise CheckpointError("the checkpoint does not hold the whole parameter", seen=f"{name}: {found} of {numel}")
+            raise CheckpointError(
+                "the checkpoint does not hold the whole parameter", seen=f"{name}: {found} of {numel}"
+            )
         return result
 
     def tensor(self, name: str, kind: str = MASTER) -> Tensor:

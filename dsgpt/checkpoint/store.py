@@ -126,7 +126,9 @@ def load_state(engine: Engine, reader: CheckpointReader) -> None:
     )
 
 
-def find_checkpoint(checkpoints_dir: Path, world: World, mode: str, step: int | None = None) -> tuple[Path | None, list[str]]:
+def find_checkpoint(
+    checkpoints_dir: Path, world: World, mode: str, step: int | None = None
+) -> tuple[Path | None, list[str]]:
     """The newest committed checkpoint that verifies (or exactly `step`), agreed by all ranks, and what was passed over.
 
     Rank 0 lists; each rank verifies its share of the files; a checkpoint that fails is reported, never deleted. Raises

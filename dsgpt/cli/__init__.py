@@ -16,7 +16,10 @@ from dsgpt.errors import DsgptError
 
 # verb: (module:attribute, one line of help). The help is here so that listing verbs imports none of them.
 VERBS = {
-    "quickstart": ("dsgpt.cli.quickstart:quickstart", "The whole pipeline on this machine, on text that is already here."),
+    "quickstart": (
+        "dsgpt.cli.quickstart:quickstart",
+        "The whole pipeline on this machine, on text that is already here.",
+    ),
     "tokenizer": ("dsgpt.cli.tokenizer:tokenizer", "Train a tokenizer."),
     "data": ("dsgpt.cli.data:data", "Prepare, inspect and verify datasets."),
     "train": ("dsgpt.cli.train:train", "Train, or continue training, the run a config describes."),

@@ -10,7 +10,10 @@ import click
 @click.command()
 @click.option("--steps", type=click.IntRange(2), help="Training steps; default: those of the shipped config.")
 @click.option(
-    "--output-dir", type=click.Path(path_type=Path, file_okay=False), default=Path("dsgpt-quickstart"), show_default=True
+    "--output-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("dsgpt-quickstart"),
+    show_default=True,
 )
 def quickstart(steps: int | None, output_dir: Path) -> None:
     """Train, stop, resume, evaluate, export and use a small GPT on Python's standard library.

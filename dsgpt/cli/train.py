@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -52,5 +51,3 @@ def continue_line(arguments: tuple[str, ...], num_processes: int | None) -> str:
 
     words: list[Any] = [*arguments, *(["--num-processes", num_processes] if num_processes else [])]
     return shlex.join(str(word) for word in words)
-
-

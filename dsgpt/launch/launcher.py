@@ -7,6 +7,7 @@ output goes to `logs/<attempt>/<node>.log`; what a person sees comes from the ru
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsgpt.errors import ExitCode
+from dsgpt.errors import ExitCode, LockedError
 from dsgpt.launch.follow import Follower
 from dsgpt.process import die_with_parent, free_port, new_attempt
 
@@ -66,7 +67,12 @@ def run_job(job: Job, follower_for: Callable[[Path, str], Follower]) -> JobEnd:
     """Start the job, show its progress, pass stops on, and say how it ended."""
     attempt = new_attempt()
     log_dir = job.output_dir / "logs" / attempt
-    log_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LockedError(
+            "the run folder cannot be written", seen=str(error), do="choose another run.output_dir"
+        ) from error
     log_file = log_dir / f"{socket.gethostname()}.log"
     follower = follower_for(job.output_dir, attempt)
     with log_file.open("wb") as log, _StopForwarder(log_dir) as stopper:
@@ -119,12 +125,14 @@ class _StopForwarder:
         name = signal.Signals(number).name
         if self._count == 1:
             self.request_file.write_text(name + "\n", encoding="utf-8")
-            print(f"\n{name}: the run commits its current step and stops (again: stop at once)", file=sys.stderr, flush=True)
+            print(
+                f"\n{name}: the run commits its current step and stops (again: stop at once)",
+                file=sys.stderr,
+                flush=True,
+            )
         elif self.process_group is not None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process_group, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             os._exit(128 + number)
 
 
@@ -154,4 +162,3 @@ def _tail(path: Path, lines: int = 20) -> list[str]:
         return path.read_text("utf-8", errors="replace").splitlines()[-lines:]
     except OSError:
         return []
-

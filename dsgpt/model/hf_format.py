@@ -31,7 +31,7 @@ class Key(NamedTuple):
 
 
 def hf_architecture(config: ModelConfig) -> str | None:
-    """"llama", "qwen3" or "gpt2" when that format holds the model exactly, else None."""
+    """ "llama", "qwen3" or "gpt2" when that format holds the model exactly, else None."""
     modern = config.norm == "rmsnorm" and config.position_embedding == "rotary" and config.activation == "swiglu"
     if modern and not config.qk_norm:
         return "llama"

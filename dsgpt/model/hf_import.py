@@ -136,7 +136,9 @@ def read_hf_weights(folder: str | Path, config: ModelConfig) -> dict[str, Tensor
     """Native tensors from the folder's safetensors, whole or sharded, in the files' precision, mapped lazily."""
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
-        raise ConfigError("no safetensors files here", seen=str(folder), do="convert other formats to safetensors first")
+        raise ConfigError(
+            "no safetensors files here", seen=str(folder), do="convert other formats to safetensors first"
+        )
     tensors: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:

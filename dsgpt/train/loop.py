@@ -29,8 +29,8 @@ from dsgpt.distributed import World
 from dsgpt.engine import Engine, construct
 from dsgpt.errors import CheckpointError, ConfigError, NumericalError, Preempted
 from dsgpt.evaluate import Evaluation, evaluate_split
-from dsgpt.model.recompute import apply_activation_checkpointing
 from dsgpt.model.gpt import GPT
+from dsgpt.model.recompute import apply_activation_checkpointing
 from dsgpt.optimizer import build_optimizer, learning_rate
 from dsgpt.process import StopRequest
 from dsgpt.train.resolve import ResolvedRun, check_same_run
@@ -146,7 +146,9 @@ def _set_later_steps_aside(folder: Path, checkpoint: Path, world: World, log: Ru
                 aside.mkdir()
                 for path in later:
                     path.rename(aside / path.name)
-                log.event("set_aside", f"moved {len(later)} later checkpoints to {aside}", steps=[p.name for p in later])
+                log.event(
+                    "set_aside", f"moved {len(later)} later checkpoints to {aside}", steps=[p.name for p in later]
+                )
         except OSError as problem:
             error = problem
     world.agree(error, "setting later checkpoints aside")
@@ -182,7 +184,9 @@ def _resume(run: Run, checkpoint: Path) -> None:
     saved = reader.manifest["data"]
     ours = _data_identity(run)
     if saved != ours:
-        seen = "; ".join(f"{key}: checkpoint {saved.get(key)}, now {ours[key]}" for key in ours if saved.get(key) != ours[key])
+        seen = "; ".join(
+            f"{key}: checkpoint {saved.get(key)}, now {ours[key]}" for key in ours if saved.get(key) != ours[key]
+        )
         raise CheckpointError(
             "the training data is not what the checkpoint was trained on",
             seen=seen,

@@ -174,4 +174,3 @@ def check_same_run(run: ResolvedRun) -> list[str]:
             ]
         )
     return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
-

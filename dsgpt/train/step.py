@@ -72,7 +72,14 @@ def seed_micro_step(seed: int, step: int, rank: int, micro_step: int) -> None:
 
 
 def train_step(
-    engine: Engine, world: World, micro_batches: list[dict[str, np.ndarray]], *, seed: int, step: int, lr: float, stop: bool
+    engine: Engine,
+    world: World,
+    micro_batches: list[dict[str, np.ndarray]],
+    *,
+    seed: int,
+    step: int,
+    lr: float,
+    stop: bool,
 ) -> StepReport:
     """Forward and backward for each micro-batch, then one update. `stop` is this rank's wish; the report has everyone's."""
     local_targets = sum(int((arrays["labels"] != -100).sum()) for arrays in micro_batches)

@@ -73,7 +73,11 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
         engine.init_distributed(world)
         device.check_ranks(world.local_size)
         plan = resolve_run(
-            loaded.config, world_size=world.size, device=device.kind, gpu_memory_bytes=device.memory_bytes, bf16=device.bf16
+            loaded.config,
+            world_size=world.size,
+            device=device.kind,
+            gpu_memory_bytes=device.memory_bytes,
+            bf16=device.bf16,
         )
         end.folder = plan.output_dir / "logs" / world.attempt
         with distributed.folder_lock(plan.output_dir, world):
@@ -88,7 +92,9 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
 def _explain_memory(error: Exception, config: Any) -> Exception:
     """Turn running out of memory into an error that names the two cheapest changes; other errors pass through."""
     text = str(error)
-    if not (type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or isinstance(error, MemoryError)):
+    if not (
+        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or isinstance(error, MemoryError)
+    ):
         return error
     if isinstance(error, DsgptError):
         return error

@@ -59,7 +59,9 @@ def test_a_run_stopped_twice_equals_an_uninterrupted_one_bit_for_bit(write_run, 
     stopped = write_run("stopped", **{"training.max_steps": steps, "deepspeed": stage})
     plan = resolve_run(load_config([straight]).config, world_size=2, device="cpu")
     assert plan.gradient_accumulation_steps == 2
-    assert plan.num_samples % 16 and plan.num_samples / 16 < 13, "every part must cross the edge of an epoch, inside a step"
+    assert plan.num_samples % 16 and plan.num_samples / 16 < 13, (
+        "every part must cross the edge of an epoch, inside a step"
+    )
 
     assert pool.run(train_here, straight, [], 0, "a1") == [steps, steps]
     first = pool.run(train_here, stopped, [], 7, "b1")
@@ -85,7 +87,10 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_a_run_without_a_
     newest.write_bytes(data)
     assert pool.run(train_here, yaml, ["training.max_steps=8"], 0, "b") == [8, 8]
     events = [json.loads(line) for line in (tmp_path / "damaged/events.jsonl").read_text().splitlines()]
-    assert [e["event"] for e in events if e["event"] in ("checkpoint_rejected", "resumed")] == ["checkpoint_rejected", "resumed"]
+    assert [e["event"] for e in events if e["event"] in ("checkpoint_rejected", "resumed")] == [
+        "checkpoint_rejected",
+        "resumed",
+    ]
     assert next(e["step"] for e in events if e["event"] == "resumed") == 4
     for _, path in commit.list_committed(tmp_path / "damaged/checkpoints"):
         (path / "rank-00000.safetensors").write_bytes(b"")
@@ -109,9 +114,18 @@ def test_another_number_of_ranks_and_another_stage_read_the_same_state(write_run
     yaml = write_run("moved", **{"training.max_steps": 4})
     ranks(2).run(train_here, yaml, [], 0, "a")
     saved = CheckpointReader(tmp_path / "moved/checkpoints/step-00000004")
-    whole = {(name, kind): saved.tensor(name, kind) for name in saved.parameters for kind in ("master", "exp_avg", "exp_avg_sq")}
+    whole = {
+        (name, kind): saved.tensor(name, kind)
+        for name in saved.parameters
+        for kind in ("master", "exp_avg", "exp_avg_sq")
+    }
     # A learning rate of 0 for one step changes no master; moments move on, so only masters are compared.
-    overrides = ["training.max_steps=5", "deepspeed=zero3", "optimizer.learning_rate=1e-30", "optimizer.min_learning_rate=0"]
+    overrides = [
+        "training.max_steps=5",
+        "deepspeed=zero3",
+        "optimizer.learning_rate=1e-30",
+        "optimizer.min_learning_rate=0",
+    ]
     assert ranks(1).run(train_here, yaml, overrides, 0, "b") == [5]
     moved = CheckpointReader(tmp_path / "moved/checkpoints/step-00000005")
     assert moved.manifest["world_size"] == 1 and moved.manifest["zero_stage"] == 3

@@ -26,7 +26,9 @@ def transformers_model(folder):
 
 def write_export(model, folder):
     state = dict(model.named_parameters())
-    save_file({name: tensor.detach() for name, tensor in to_hf(model.config, state.__getitem__)}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.detach() for name, tensor in to_hf(model.config, state.__getitem__)}, folder / "model.safetensors"
+    )
     (folder / "config.json").write_text(json.dumps(hf_config(model.config, 1, 2)))
 
 
@@ -60,7 +62,9 @@ def test_models_made_by_transformers_import_with_equal_logits(kind, tmp_path):
              "intermediate_size": 48, "max_position_embeddings": 24}  # fmt: skip
     torch.manual_seed(0)
     config = {
-        "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=24, initializer_range=0.3, **common),
+        "gpt2": lambda: transformers.GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, n_positions=24, initializer_range=0.3, **common
+        ),
         "llama": lambda: transformers.LlamaConfig(**sizes, initializer_range=0.3, rope_theta=5e4, **common),
         "qwen3": lambda: transformers.Qwen3Config(**sizes, head_dim=16, initializer_range=0.3, **common),
     }[kind]()  # fmt: skip
@@ -93,7 +97,7 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["transformer.h.0.extra"] = tensors.pop("transformer.h.1.mlp.c_fc.weight")
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match="(?s)h.1.mlp.c_fc.weight.*h.0.extra"):
+    with pytest.raises(ConfigError, match=r"(?s)h.1.mlp.c_fc.weight.*h.0.extra"):
         read_hf_weights(tmp_path, GPT2)
 
 
