@@ -26,12 +26,9 @@ def quickstart(steps: int | None, output_dir: Path) -> None:
     from dsgpt.quickstart.pipeline import NEXT, Quickstart, summary_rows
 
     result = Quickstart(output_dir, steps).run()
-    console = Console(highlight=False)
-    console.print()
-    console.print(result["sample"], markup=False)
-    console.print()
+    click.echo(f"\n{result['sample']}\n")
     table = Table(show_header=False, title="quickstart")
     for name, value in summary_rows(output_dir, result):
         table.add_row(name, value)
-    console.print(table)
-    console.print(NEXT, markup=False)
+    Console(highlight=False).print(table)
+    click.echo(f"\n{NEXT}")  # not through rich, which would break commands at the width of the terminal

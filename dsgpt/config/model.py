@@ -30,10 +30,10 @@ class _Architecture(Section):
     position_embedding: Literal["rotary", "learned"] = Field(
         default="rotary", description="how positions enter the model"
     )
-    norm: Literal["rmsnorm", "layernorm", "batchnorm"] = Field(default="rmsnorm", description="normalisation layer")
+    norm: Literal["rmsnorm", "layernorm"] = Field(default="rmsnorm", description="normalisation layer")
     norm_eps: Real = Field(default=1e-5, gt=0, description="added to the variance before its root")
     activation: Literal["swiglu", "gelu"] = Field(default="swiglu", description="of the MLP; swiglu has a third matrix")
-    bias: Bool = Field(default=False, description="bias vectors in the linear layers and in layernorm or batchnorm")
+    bias: Bool = Field(default=False, description="bias vectors in the linear layers and in layernorm")
     qk_norm: Bool = Field(default=False, description="RMSNorm of each head's queries and keys")
     tie_word_embeddings: Bool = Field(default=True, description="the output head shares the input embedding's matrix")
     dropout: Dropout = Field(default=Dropout(), description="dropout probabilities")

@@ -25,7 +25,7 @@ from dsgpt.errors import DsgptError, ExitCode
 from dsgpt.quickstart.corpus import build_corpus
 from dsgpt.units import format_bytes, format_count, format_seconds
 
-VOCAB_SIZE = 4096
+VOCAB_SIZE = 2048
 PROMPT = "def read_lines(path):\n    "
 
 
@@ -111,7 +111,7 @@ class Quickstart:
         }
         if self.steps:
             overrides["training.max_steps"] = str(self.steps)
-            overrides["optimizer.warmup_steps"] = str(min(20, self.steps // 4))
+            overrides["optimizer.warmup_steps"] = str(min(40, self.steps // 4))
         return ["train", "quickstart", *(f"{key}={value}" for key, value in overrides.items())]
 
     def _train(self) -> int | None:

@@ -53,10 +53,11 @@ def test_chunked_loss_and_gradients_equal_plain_cross_entropy(kind, rows, monkey
     assert logits.std() > 1
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
     (2.5 * expected).backward()
-    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for (name, ours), theirs in zip(chunked.named_parameters(), plain.parameters(), strict=True):
-        # A key bias shifts all scores of a query alike: its true gradient is 0, what is left is rounding.
-        error = (ours.grad - theirs.grad).norm() / theirs.grad.norm().clamp(min=1.0)
+        if name.endswith("k_proj.bias"):
+            continue  # it shifts all scores of a query alike: its true gradient is 0, what is left is rounding
+        error = (ours.grad - theirs.grad).norm() / theirs.grad.norm()
         assert error < 2e-6, (name, error)
 
 
