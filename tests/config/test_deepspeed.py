@@ -16,6 +16,7 @@ SHIPPED = sorted(path.stem for path in shipped_folder("ds_configs").glob("*.json
 
 def resolved(deepspeed: str | Path, dtype: str = "bf16", micro: int = 2) -> RunConfig:
     overrides = [f"deepspeed={deepspeed}", f"training.dtype={dtype}", f"training.micro_batch_size_per_gpu={micro}"]
+    overrides += ["training.global_batch_size=32"]
     return load_config(["quickstart"], overrides).config
 
 
