@@ -178,10 +178,11 @@ class Quickstart:
             raise DsgptError("interrupted", do=f"dsgpt quickstart --output-dir {self.folder} continues") from None
         self.timings[label] = time.perf_counter() - began
         if code not in (0, ExitCode.PREEMPTED) or (code and not stop_half_way):
-            raise DsgptError(
+            raise _failed(
+                code,
                 f"{label} failed with code {code}",
-                seen=f"dsgpt {shlex.join(arguments)}",
-                do="its message is above; the same quickstart command continues from here",
+                f"dsgpt {shlex.join(arguments)}",
+                "its message is above; the same quickstart command continues from here",
             )
         return code
 
@@ -209,9 +210,17 @@ class Quickstart:
         with _Waiting(label):
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
-            raise DsgptError(f"{label} failed with code {done.returncode}", seen=done.stderr.strip()[-2000:])
+            raise _failed(done.returncode, f"{label} failed with code {done.returncode}", done.stderr.strip()[-2000:])
         self.timings[arguments[0]] = time.perf_counter() - began
         return dict(json.loads(done.stdout))
+
+
+def _failed(code: int, what: str, seen: str, do: str = "") -> DsgptError:
+    """The failure of a command, to leave with its own exit code where the contract knows it."""
+    error = DsgptError(what, seen, do)
+    if code in list(ExitCode):
+        error.exit_code = ExitCode(code)
+    return error
 
 
 class _Waiting:
