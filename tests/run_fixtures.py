@@ -30,34 +30,39 @@ def dataset(tmp_path_factory) -> Path:
 @pytest.fixture()
 def write_run(dataset, tmp_path):
     """write_run(**{"training.max_steps": 5}) -> path of a YAML for a tiny model on the dataset, two ranks, ZeRO 1."""
+    return lambda name="run", **overrides: write_config(dataset, tmp_path, name, **overrides)
 
-    def write(name: str = "run", **overrides) -> Path:
-        import yaml
 
-        config = {
-            "run": {"name": name, "output_dir": str(tmp_path / name), "seed": 5},
-            "model": {
-                "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-                "dropout": {"embedding": 0.1, "attention": 0.1, "residual": 0.1},
-            },
-            "data": {"train": [{"path": str(dataset)}]},
-            "optimizer": {"learning_rate": 3e-3, "warmup_steps": 3},
-            "training": {
-                "seq_length": SEQ_LENGTH, "global_batch_size": 16, "micro_batch_size_per_gpu": 4, "max_steps": 12,
-            },
-            "deepspeed": "zero1",
-            "device": "cpu",
-            "checkpoint": {"save_interval": 100},
-            "logging": {"log_interval": 1, "eval_samples": 8},
-        }  # fmt: skip
-        for key, value in overrides.items():
-            section = config
-            *path, last = key.split(".")
-            for part in path:
-                section = section.setdefault(part, {})
-            section[last] = value
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(config))
-        return file
+def write_config(dataset: Path, folder: Path, name: str = "run", **overrides) -> Path:
+    import yaml
 
-    return write
+    config = {
+        "run": {"name": name, "output_dir": str(folder / name), "seed": 5},
+        "model": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "dropout": {"embedding": 0.1, "attention": 0.1, "residual": 0.1},
+        },
+        "data": {"train": [{"path": str(dataset)}]},
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 3},
+        "training": {
+            "seq_length": SEQ_LENGTH,
+            "global_batch_size": 16,
+            "micro_batch_size_per_gpu": 4,
+            "max_steps": 12,
+        },
+        "deepspeed": "zero1",
+        "device": "cpu",
+        "checkpoint": {"save_interval": 100},
+        "logging": {"log_interval": 1, "eval_samples": 8},
+    }
+    for key, value in overrides.items():
+        section = config
+        *path, last = key.split(".")
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
