@@ -15,7 +15,8 @@ import click
     default=Path("dsgpt-quickstart"),
     show_default=True,
 )
-def quickstart(steps: int | None, output_dir: Path) -> None:
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+def quickstart(steps: int | None, output_dir: Path, device: str) -> None:
     """Train, stop, resume, evaluate, export and use a small GPT on Python's standard library.
 
     Run it again to continue where it stopped, or with more --steps to train on.
@@ -25,7 +26,7 @@ def quickstart(steps: int | None, output_dir: Path) -> None:
 
     from dsgpt.quickstart.pipeline import NEXT, Quickstart, summary_rows
 
-    result = Quickstart(output_dir, steps).run()
+    result = Quickstart(output_dir, steps, device).run()
     click.echo(f"\n{result['sample']}\n")
     table = Table(show_header=False, title="quickstart")
     for name, value in summary_rows(output_dir, result):

@@ -31,10 +31,11 @@ PROMPT = "def read_lines(path):\n    "
 
 @dataclass
 class Quickstart:
-    """The run in `folder`; `steps` overrides the shipped config's length."""
+    """The run in `folder`; `steps` and `device` override the shipped config's."""
 
     folder: Path
     steps: int | None = None
+    device: str = "auto"
     timings: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -109,6 +110,8 @@ class Quickstart:
             "data.train": f"[{{path: {json.dumps(str(self.folder / 'data'))}}}]",
             "data.validation": f"[{{path: {json.dumps(str(self.folder / 'heldout'))}}}]",
         }
+        if self.device != "auto":
+            overrides["device"] = self.device
         if self.steps:
             overrides["training.max_steps"] = str(self.steps)
             overrides["optimizer.warmup_steps"] = str(min(40, self.steps // 4))
