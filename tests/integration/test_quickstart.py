@@ -16,8 +16,9 @@ DSGPT = [sys.executable, "-m", "dsgpt"]
 
 
 def quickstart(folder, *options):
-    done = subprocess.run([*DSGPT, "quickstart", "--output-dir", str(folder), *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [*DSGPT, "quickstart", "--output-dir", str(folder), *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
     return done.stdout
 
 
