@@ -1,6 +1,7 @@
 """Every error a user can meet, with the exit code it ends in.
 
     DsgptError                 76  infrastructure, the default
+    ├── SaveError              76  a checkpoint could not be written
     ├── ConfigError            78  config, command line or environment
     ├── DataError              65  data or tokenizer
     ├── CheckpointError        65  checkpoint
@@ -72,6 +73,10 @@ class DataError(DsgptError):
 
 class CheckpointError(DsgptError):
     exit_code = ExitCode.BAD_DATA
+
+
+class SaveError(DsgptError):
+    """A checkpoint could not be written; the ones before it are as they were."""
 
 
 class LockedError(DsgptError):

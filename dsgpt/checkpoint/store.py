@@ -28,53 +28,60 @@ from dsgpt.checkpoint import commit
 from dsgpt.checkpoint.reader import CheckpointReader, partition_file
 from dsgpt.distributed import World
 from dsgpt.engine import Engine, Fragment
-from dsgpt.errors import CheckpointError
+from dsgpt.errors import CheckpointError, SaveError
 
 
 def save_checkpoint(
     engine: Engine, world: World, checkpoints_dir: Path, attempt: str, manifest: Mapping[str, Any]
-) -> Path | None:
+) -> Path:
     """Write and commit one checkpoint; all ranks call it. Returns its folder.
 
-    Raises on every rank when any rank failed; then nothing is committed and the temporary folder is removed.
+    Raises SaveError on every rank when any rank failed; then nothing is committed and the temporary folder is removed.
     `manifest` is rank 0's; it holds at least "step".
     """
     step = manifest["step"]
     folder = _begin(world, checkpoints_dir, step, attempt)
     fragments = engine.fragments()
-    written, error = {}, None
+    written, error = {}, ""
     try:
         written = _write_partition(engine, folder, world.rank, fragments)
-    except (OSError, RuntimeError) as failure:
-        error = CheckpointError(f"rank {world.rank} could not write its partition", seen=str(failure))
+    except Exception as problem:  # whatever it is, this rank must still meet the others below
+        error = f"rank {world.rank}: {problem}"
     ranges = [(f.name, f.start, f.numel) for f in fragments] if engine.stage in (1, 2) else None
-    gathered = world.gather_objects((written, ranges, str(error) if error else None))
-    final, failure = None, None
-    if world.is_main:
-        failures = [text for _, _, text in gathered if text]
+    gathered = world.gather_objects((written, ranges, error))
+    path, failure = "", ""
+    if gathered is not None:
+        failure = "; ".join(text for _, _, text in gathered if text)
         try:
-            if failures:
-                raise CheckpointError(f"the checkpoint of step {step} was not written", seen="; ".join(failures))
-            files = {name: entry for part, _, _ in gathered for name, entry in part.items()}
-            index = _index(engine, world, [ranges for _, ranges, _ in gathered])
-            final = commit.commit(checkpoints_dir, folder, {**manifest, "files": files, "parameters": index})
+            if not failure:
+                files = {name: entry for part, _, _ in gathered for name, entry in part.items()}
+                index = _index(engine, world, [ranges for _, ranges, _ in gathered])
+                contents = {**manifest, "files": files, "parameters": index}
+                path = str(commit.commit(checkpoints_dir, folder, contents))
         except (OSError, CheckpointError) as problem:
-            failure = problem
+            failure = str(problem)
+        if failure:
             shutil.rmtree(folder, ignore_errors=True)
-    world.agree(failure, f"the commit of step {step}")
-    return final
+    path, failure = world.broadcast_object((path, failure))
+    if failure:
+        raise SaveError(
+            f"the checkpoint of step {step} was not written", seen=failure, do="free space, or mend the disk"
+        )
+    return Path(path)
 
 
 def _begin(world: World, checkpoints_dir: Path, step: int, attempt: str) -> Path:
     """Rank 0 makes the temporary folder; no rank writes before it is there."""
-    folder, error = None, None
+    folder, failure = "", ""
     if world.is_main:
         try:
             folder = str(commit.begin(checkpoints_dir, step, attempt))
         except OSError as problem:
-            error = CheckpointError("the checkpoint folder cannot be made", seen=str(problem))
-    world.agree(error, f"beginning the checkpoint of step {step}")
-    return Path(world.broadcast_object(folder))
+            failure = str(problem)
+    folder, failure = world.broadcast_object((folder, failure))
+    if failure:
+        raise SaveError(f"the checkpoint of step {step} cannot be begun", seen=failure)
+    return Path(folder)
 
 
 def _write_partition(engine: Engine, folder: Path, rank: int, fragments: Sequence[Fragment]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ output goes to `logs/<attempt>/<node>.log`; what a person sees comes from the ru
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -15,9 +16,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dsgpt.errors import ExitCode, LockedError
 from dsgpt.launch.follow import Follower
@@ -47,14 +49,24 @@ class JobEnd:
     log_file: Path
 
 
-def launch_command(job: Job) -> list[str]:
-    """The command line of the `deepspeed` launcher, as a list: nothing passes through a shell."""
+def launch_command(job: Job, environment: Mapping[str, str] | None = None) -> list[str]:
+    """DeepSpeed's launcher for this node, as an argument list: nothing passes through a shell.
+
+    It is called without the `deepspeed` command in front, which would look for a hostfile, import DeepSpeed once more and
+    leave the launcher behind as an orphan when it is killed.
+    """
+    visible = (environment or os.environ).get("CUDA_VISIBLE_DEVICES", "").split(",")
+    devices: list[Any] = list(range(job.num_processes))
+    if job.device == "cuda" and len(visible) >= job.num_processes and visible[0]:
+        devices = visible[: job.num_processes]
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     return [
         sys.executable,
         "-m",
-        "deepspeed.launcher.runner",
-        *("--num_gpus", str(job.num_processes)),
-        *("--master_port", str(free_port())),
+        "deepspeed.launcher.launch",
+        f"--world_info={world}",
+        "--master_addr=127.0.0.1",
+        f"--master_port={free_port()}",
         "--no_local_rank",
         "--module",
         "dsgpt.train",

@@ -27,7 +27,7 @@ from dsgpt.config import to_yaml
 from dsgpt.data.dataset import BlockDataset, SampleOrder
 from dsgpt.distributed import World
 from dsgpt.engine import Engine, construct
-from dsgpt.errors import CheckpointError, ConfigError, NumericalError, Preempted
+from dsgpt.errors import CheckpointError, ConfigError, NumericalError, Preempted, SaveError
 from dsgpt.evaluate import Evaluation, evaluate_split
 from dsgpt.model.gpt import GPT
 from dsgpt.model.recompute import apply_activation_checkpointing
@@ -39,6 +39,7 @@ from dsgpt.train.step import StepLoader, StepReport, is_bad, largest_micro_batch
 from dsgpt.units import format_bytes, format_count, format_seconds
 
 MAX_CONSECUTIVE_BAD_STEPS = 5
+MAX_CONSECUTIVE_FAILED_SAVES = 3
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Run:
     dataset: BlockDataset
     validation: BlockDataset | None
     last_committed: int = -1
+    failed_saves: int = 0
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -239,7 +241,7 @@ def _run_steps(run: Run) -> None:
                 _evaluate(run)
                 meter.restart()
             if last or report.stop or state.step % plan.config.checkpoint.save_interval == 0:
-                _save(run)
+                _save(run, required=last or report.stop)
                 meter.restart()
             if report.stop and not last:
                 raise Preempted(
@@ -324,12 +326,37 @@ def _evaluate(run: Run) -> Evaluation | None:
     return result
 
 
-def _save(run: Run) -> None:
-    """Commit the current step on all ranks, then delete what is past keep_last."""
+def _save(run: Run, required: bool) -> None:
+    """Commit the current step on all ranks, then delete what is past keep_last.
+
+    A save that fails is reported and training goes on, unless the run ends here (`required`) or it is the third in a row.
+    """
     if run.last_committed == run.state.step:
         return
     began = time.perf_counter()
-    manifest = {
+    try:
+        path = save_checkpoint(run.engine, run.world, run.checkpoints_dir, run.world.attempt, _manifest(run))
+    except SaveError as error:
+        run.failed_saves += 1
+        run.log.event("save_failed", f"warning: {error}", step=run.state.step, in_a_row=run.failed_saves)
+        if required or run.failed_saves >= MAX_CONSECUTIVE_FAILED_SAVES:
+            raise
+        return
+    run.last_committed, run.failed_saves = run.state.step, 0
+    seconds = time.perf_counter() - began
+    run.log.event("committed", f"committed {path} in {seconds:.1f} s", step=run.state.step, seconds=seconds)
+    if run.world.is_main:
+        try:
+            deleted = commit.prune(run.checkpoints_dir, run.plan.config.checkpoint.keep_last)
+            if deleted:
+                run.log.event("pruned", steps=deleted)
+        except OSError as error:
+            run.log.event("prune_failed", f"warning: old checkpoints were not deleted: {error}")
+    run.world.barrier()
+
+
+def _manifest(run: Run) -> dict[str, Any]:
+    return {
         "step": run.state.step,
         "attempt": run.world.attempt,
         "counters": run.state.counters(),
@@ -341,12 +368,3 @@ def _save(run: Run) -> None:
         "dtype": run.plan.config.training.dtype,
         "versions": {"dsgpt": dsgpt.__version__, "torch": torch.__version__, "deepspeed": version("deepspeed")},
     }
-    path = save_checkpoint(run.engine, run.world, run.checkpoints_dir, run.world.attempt, manifest)
-    run.last_committed = run.state.step
-    seconds = time.perf_counter() - began
-    run.log.event("committed", f"committed {path} in {seconds:.1f} s", step=run.state.step, seconds=seconds)
-    if run.world.is_main:
-        deleted = commit.prune(run.checkpoints_dir, run.plan.config.checkpoint.keep_last)
-        if deleted:
-            run.log.event("pruned", steps=deleted)
-    run.world.barrier()

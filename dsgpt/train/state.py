@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,15 +26,26 @@ class TrainState:
 
 
 class JsonLines:
-    """An append-only file of JSON objects, one a line, flushed at once so that `tail -f` and other processes see it."""
+    """An append-only file of JSON objects, one a line, flushed at once so that `tail -f` and other processes see it.
+
+    A line that cannot be written (a full disk) is counted and reported, and training goes on. Numbers that JSON does not
+    have (infinity, not a number) become null.
+    """
 
     def __init__(self, path: Path | None):
+        self._path, self.lost_lines = path, 0
         self._file: TextIO | None = path.open("a", encoding="utf-8") if path else None
 
     def write(self, **fields: Any) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(fields) + "\n")
+        if self._file is None:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        try:
+            self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
+        except OSError as error:
+            self.lost_lines += 1
+            print(f"warning: {self.lost_lines} lines of {self._path} are lost: {error}", file=sys.stderr, flush=True)
 
 
 class RunLog:

@@ -7,6 +7,7 @@ when the launcher changed the code.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import traceback
@@ -48,11 +49,12 @@ class _End:
         self.folder: Path | None = None
         self.rank = 0
 
-    def write(self, code: ExitCode, message: str, **fields: Any) -> None:
+    def write(self, code: ExitCode, message: str) -> None:
         if self.folder is None or not self.folder.is_dir():
             return
         text = json.dumps({"rank": self.rank, "exit_code": int(code), "cause": code.name.lower(), "message": message})
-        (self.folder / f"end-rank-{self.rank:05d}.json").write_text(text + "\n", encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk must not hide why the run ended: stderr has it too
+            (self.folder / f"end-rank-{self.rank:05d}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:

@@ -102,6 +102,20 @@ def test_a_second_signal_ends_at_once_with_the_last_commit_intact(write_run, tmp
     assert committed and all(commit.verify(path) == [] for _, path in committed)
 
 
+def test_a_killed_supervisor_leaves_no_process_and_a_committed_step(write_run, tmp_path):
+    yaml = write_run("orphans", **{"training.max_steps": 100000})
+    process = start([*DSGPT, "train", str(yaml)])
+    wait_for_step(tmp_path / "orphans", 3, process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 40
+    while processes_of(str(yaml)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not processes_of(str(yaml))
+    ((step, path),) = commit.list_committed(tmp_path / "orphans/checkpoints")
+    assert step >= 3 and commit.verify(path) == []
+
+
 def test_a_dry_run_shows_everything_resolved_without_torch_and_starts_nothing(write_run, tmp_path):
     yaml = write_run("dry")
     code = (
@@ -111,7 +125,7 @@ def test_a_dry_run_shows_everything_resolved_without_torch_and_starts_nothing(wr
     done = subprocess.run([sys.executable, "-c", code, "train", str(yaml), "--dry-run"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for text in ("16 sequences = 4 per rank x 2 ranks x 2 accumulation", "dtype: fp32", '"train_batch_size": 16',
-                 "deepspeed.launcher.runner"):  # fmt: skip
+                 "deepspeed.launcher.launch"):  # fmt: skip
         assert text in done.stdout
     assert not (tmp_path / "dry").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 
 import pytest
 import torch
@@ -132,3 +133,48 @@ def test_another_number_of_ranks_and_another_stage_read_the_same_state(write_run
     for (name, kind), value in whole.items():
         if kind == "master":
             assert torch.equal(moved.tensor(name), value), name
+
+
+class FullDisk(StopRequest):
+    """Rank 1 may not write more than 4 KiB to a file during some steps: a real error from the kernel, on one rank only."""
+
+    def __init__(self, rank, steps):
+        super().__init__()
+        self.step, self.steps = 0, steps if rank == 1 else ()
+
+    def poll(self):
+        self.step += 1
+        limit = 4096 if self.step in self.steps else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return False
+
+
+def train_with_full_disk(world, yaml, steps, attempt):
+    from dsgpt.train.loop import train
+
+    world.attempt = attempt
+    plan = resolve_run(load_config([yaml]).config, world_size=world.size, device="cpu")
+    try:
+        return train(plan, world, FullDisk(world.rank, steps)).step
+    except DsgptError as error:
+        return int(error.exit_code), str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def test_a_save_that_fails_on_one_rank_is_reported_and_training_goes_on(write_run, tmp_path):
+    yaml = write_run("full", **{"training.max_steps": 6, "checkpoint.save_interval": 2})
+    assert ranks(2).run(train_with_full_disk, yaml, (2,), "a") == [6, 6]
+    assert [step for step, _ in commit.list_committed(tmp_path / "full/checkpoints")] == [4, 6]
+    events = [json.loads(line) for line in (tmp_path / "full/events.jsonl").read_text().splitlines()]
+    (failed,) = [event for event in events if event["event"] == "save_failed"]
+    assert failed["step"] == 2 and "rank 1" in failed["text"]
+    assert not list((tmp_path / "full/checkpoints").glob(".tmp*"))
+
+
+def test_three_failed_saves_in_a_row_end_the_run_on_all_ranks_with_76(write_run, tmp_path):
+    yaml = write_run("fuller", **{"training.max_steps": 20, "checkpoint.save_interval": 2})
+    for code, text in ranks(2).run(train_with_full_disk, yaml, range(3, 20), "a"):
+        assert code == 76 and "the checkpoint of step 8 was not written" in text
+    ((step, path),) = commit.list_committed(tmp_path / "fuller/checkpoints")
+    assert step == 2 and commit.verify(path) == []
