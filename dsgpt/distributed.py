@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from dsgpt.errors import ConfigError, DsgptError, LockedError
-from dsgpt.process import die_with_parent, free_port, new_attempt
+from dsgpt.process import LOCK_FILE, die_with_parent, free_port, new_attempt
 
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -122,7 +122,7 @@ def folder_lock(folder: Path, world: World) -> Iterator[None]:
     if world.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / ".lock").open("w")
+            file = (folder / LOCK_FILE).open("a")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             error = LockedError(

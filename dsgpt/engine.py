@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_
 from torch import Tensor, nn
 
 from dsgpt.distributed import World
-from dsgpt.errors import ConfigError
+from dsgpt.errors import ConfigError, DsgptError, NumericalError
 
 MASTER = "master"
 
@@ -123,14 +124,33 @@ class Engine:
 
     def _step_without_zero(self) -> StepResult:
         """Stage 0 has no finite check of its own: look at the (already averaged) gradients first."""
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not torch.isfinite(torch.tensor(norm)):
+        norm = float(torch.nn.utils.get_total_norm(self._gradients()))
+        if not math.isfinite(norm):
             self._engine.zero_grad()
             self._engine.micro_steps += 1
             return StepResult(norm, applied=False)
         self._engine.step()
         return StepResult(norm, applied=True)
+
+    def discard(self) -> StepResult:
+        """Leave the accumulated step out on all ranks: weights, moments and the optimizer's step count stay.
+
+        DeepSpeed clears everything of a step whose gradients are not finite, at every stage; so they are made that.
+        """
+        for gradient in self._gradients():
+            gradient.fill_(math.nan)
+        return StepResult(math.nan, applied=self.step(learning_rate=0.0).applied)
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's accumulated gradients, between the last backward of a step and `step`."""
+        if self.stage == 0:
+            return [p.grad for p in self._parameters.values() if p.grad is not None]
+        if hasattr(self._optimizer, "fp32_groups_gradient_flat_partition"):
+            return list(self._optimizer.fp32_groups_gradient_flat_partition)
+        if self.stage in (1, 2) and self._optimizer.cpu_offload:
+            return [flat.grad for flat in self._optimizer.single_partition_of_fp32_groups if flat.grad is not None]
+        groups = [group for group in self._optimizer.averaged_gradients.values() if group is not None]
+        return [gradient for group in groups for gradient in group]
 
     @torch.no_grad()
     def evaluate(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -151,7 +171,8 @@ class Engine:
         num_targets = float(batch["labels"].numel() * self.world.size * micro_steps)
         for micro_step in range(micro_steps):
             self.forward_backward(batch, num_targets, last=micro_step == micro_steps - 1)
-        self.step(learning_rate=0.0)
+        if not self.step(learning_rate=0.0).applied:
+            raise NumericalError("the trial step on random tokens has gradients that are not finite", do="report this")
         self.evaluate(batch)
         self._engine.micro_steps = self._engine.global_steps = self._engine.skipped_steps = 0
         self._engine.global_samples = 0
@@ -229,9 +250,14 @@ class Engine:
 
         Must follow `rehearse`, which creates the optimizer's state.
         """
-        for fragment in self.fragments() if self.stage != 0 else self._whole_parameters():
-            for kind in kinds:
-                self._view(fragment, kind).copy_(source(fragment, kind))
+        error = None
+        try:
+            for fragment in self.fragments() if self.stage != 0 else self._whole_parameters():
+                for kind in kinds:
+                    self._view(fragment, kind).copy_(source(fragment, kind))
+        except DsgptError as problem:
+            error = problem
+        self.world.agree(error, "reading the checkpoint")  # before the collectives below
         for state in self._torch_optimizer.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"].fill_(optimizer_steps)

@@ -140,7 +140,7 @@ def resolve_auto(
     notes: list[str] = []
     dtype = training.dtype
     if dtype == "auto":
-        dtype = "fp32" if device == "cpu" else "bf16" if bf16 else "fp16"
+        dtype = "fp32" if device == "cpu" else "bf16" if bf16 else "fp32"
         why = "the device is a CPU" if device == "cpu" else "the GPU has it" if bf16 else "the GPU has no bf16"
         notes.append(f"training.dtype = {dtype}: {why}")
     elif dtype == "fp16" and device == "cpu":

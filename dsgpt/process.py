@@ -13,10 +13,19 @@ import os
 import secrets
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
+from dsgpt.errors import ExitCode
+
+LOCK_FILE = ".lock"  # in a run folder; held by rank 0 while a job uses it
 _PR_SET_PDEATHSIG = 1
+# One request often arrives twice within moments, from the terminal and from a launcher that passes it on.
+SECOND_REQUEST_SECONDS = 3.0
+_LAUNCHER_POLL_SECONDS = 1.0
+# How long a rank may still need, after its launcher is gone, to finish a step and commit.
+_ORPHAN_SECONDS = 300.0
 
 
 def die_with_parent() -> None:
@@ -37,32 +46,68 @@ def new_attempt() -> str:
 
 
 class StopRequest:
-    """`requested` says why (a signal's name or a control file), or is empty.
+    """`requested` says why (a signal's name, a control file, a launcher that is gone), or is empty.
 
-    The same SIGINT or SIGTERM twice is a person losing patience: the process ends at once,
-    which loses nothing, because only whole checkpoints are ever visible.
+    The same SIGINT or SIGTERM again after some seconds is a person losing patience: the process ends at once, which loses
+    nothing, because only whole checkpoints are ever visible.
     """
 
     def __init__(self) -> None:
         self.requested = ""
         self._control_file: Path | None = None
+        self._first: dict[int, float] = {}
 
     def install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def watch(self, control_file: Path) -> None:
-        """Also stop when this file appears: the supervisor's way to ask all nodes without a signal."""
+        """Also stop when this file appears: the supervisor's way to ask all nodes without a signal. For one rank."""
         self._control_file = control_file
 
+    def watch_launcher(self) -> None:
+        """Also stop when the parent or its parent ends: DeepSpeed's launchers can die without telling their workers.
+
+        A rank that cannot reach the end of a step by itself any more leaves after some minutes.
+        """
+        ancestors = _ancestors()
+
+        def look() -> None:
+            while _ancestors() == ancestors:
+                time.sleep(_LAUNCHER_POLL_SECONDS)
+            self.requested = self.requested or "the launcher is gone"
+            time.sleep(_ORPHAN_SECONDS)
+            os._exit(int(ExitCode.INFRASTRUCTURE))
+
+        threading.Thread(target=look, daemon=True, name="dsgpt-launcher").start()
+
     def poll(self) -> bool:
-        if not self.requested and self._control_file is not None and self._control_file.exists():
-            self.requested = self._control_file.name
+        if not self.requested and self._control_file is not None:
+            with contextlib.suppress(OSError):  # a stale file system view is not a reason to stop
+                if self._control_file.exists():
+                    self.requested = self._control_file.name
         return bool(self.requested)
 
     def _handle(self, number: int, frame: object) -> None:
-        name = signal.Signals(number).name
-        # A launcher may pass one request on as two different signals; the same one twice is a second request.
-        if self.requested == name and number != signal.SIGUSR1:
+        if is_second_request(self._first, number):
             os._exit(128 + number)
-        self.requested = self.requested or name
+        self.requested = self.requested or signal.Signals(number).name
+
+
+def is_second_request(first: dict[int, float], number: int) -> bool:
+    """Whether this SIGINT or SIGTERM repeats an earlier one on purpose; remembers the first of each kind in `first`.
+
+    SIGUSR1 is a scheduler's warning, sent as often as it likes.
+    """
+    began = first.setdefault(number, time.monotonic())
+    return number != signal.SIGUSR1 and time.monotonic() - began >= SECOND_REQUEST_SECONDS
+
+
+def _ancestors() -> tuple[int, int]:
+    """The parent's process id and the parent's parent's (0 where it cannot be told)."""
+    parent = os.getppid()
+    try:
+        # pid (command) state ppid …; the command may hold anything, so look after its closing bracket.
+        return parent, int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return parent, 0

@@ -18,8 +18,8 @@ FLOORS = {
     **dict.fromkeys(("engine", "checkpoint"), 4),
     **dict.fromkeys(("tokenizer", "data", "model", "optimizer"), 3),
     **dict.fromkeys(("distributed", "planning", "launch", "report"), 2),
-    "config": 1,
-    **dict.fromkeys(("errors", "units", "process"), 0),
+    **dict.fromkeys(("config", "process"), 1),
+    **dict.fromkeys(("errors", "units"), 0),
 }
 SIDEWAYS = {("data", "tokenizer"), ("checkpoint", "engine"), ("cli", "quickstart"), ("__main__", "cli")}
 

@@ -166,18 +166,18 @@ def test_state_read_and_loaded_back_continues_bit_for_bit(stage, dtype):
     assert total == shapes, "all ranks together own every element exactly once"
 
 
-def poison_on_ranks(world, stage, dtype):
+def poison_on_ranks(world, stage, dtype, discard):
     engine = build(world, stage, dtype)
     rehearse(engine)
     run_steps(engine, world, range(2))
     before = read_all(engine)
     handles = []
-    if world.rank == WORLD - 1:
+    if world.rank == WORLD - 1 and not discard:
         parameter = dict(engine.module.named_parameters())["blocks.0.mlp.up_proj.weight"]
         handles.append(parameter.register_hook(lambda gradient: gradient * float("nan")))
     for micro_step, row in enumerate(batches(2)):
         engine.forward_backward(row[world.rank], targets_of(2), micro_step == ACCUMULATION - 1)
-    result = engine.step(1e-2)
+    result = engine.discard() if discard else engine.step(1e-2)
     for handle in handles:
         handle.remove()
     unchanged = all(torch.equal(value, before[key]) for key, value in read_all(engine).items())
@@ -188,8 +188,9 @@ def poison_on_ranks(world, stage, dtype):
 @pytest.mark.parametrize(
     "stage, dtype", [*((stage, "fp32") for stage in STAGES), *((stage, "bf16") for stage in (1, 2, 3))]
 )
-def test_a_nan_gradient_on_one_rank_leaves_weights_and_moments_untouched_on_all(stage, dtype):
-    for applied, unchanged, losses in ranks(WORLD).run(poison_on_ranks, stage, dtype):
+@pytest.mark.parametrize("discard", [False, True], ids=["nan gradient on one rank", "discarded for its loss"])
+def test_a_bad_step_leaves_weights_and_moments_untouched_on_all_ranks(stage, dtype, discard):
+    for applied, unchanged, losses in ranks(WORLD).run(poison_on_ranks, stage, dtype, discard):
         assert not applied
         assert unchanged
         assert all(0 < loss < 10 for loss in losses), "and the next steps are good again"

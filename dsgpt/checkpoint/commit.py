@@ -76,6 +76,8 @@ def commit(checkpoints_dir: Path, tmp: Path, manifest: dict[str, Any]) -> Path:
     Raises CheckpointError when that step is committed already: the older commit stays as it is.
     """
     final = checkpoints_dir / f"step-{manifest['step']:08d}"
+    if final.exists() and not (final / MANIFEST).exists():
+        os.rename(final, checkpoints_dir / f".trash-{final.name}-{os.getpid()}")  # what an interrupted `rm -r` left
     if final.exists():
         raise CheckpointError(
             f"step {manifest['step']} is committed already", seen=str(final), do="remove or rename it"

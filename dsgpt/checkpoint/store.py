@@ -126,6 +126,13 @@ def load_state(engine: Engine, reader: CheckpointReader) -> None:
             seen=seen,
             do="use the model section the run was started with (its config.yaml), or another output_dir",
         )
+    kinds = reader.manifest["state_kinds"]
+    if kinds != list(engine.state_kinds):
+        raise CheckpointError(
+            "the checkpoint is of another optimizer",
+            seen=f"checkpoint: {', '.join(kinds)}; this run: {', '.join(engine.state_kinds)}",
+            do="use the optimizer.name and optimizer.momentum the run was started with",
+        )
     engine.load(
         lambda fragment, kind: reader.read(fragment.name, kind, fragment.start, fragment.numel),
         engine.state_kinds,

@@ -49,5 +49,6 @@ def continue_line(arguments: tuple[str, ...], num_processes: int | None) -> str:
     """The arguments that continue this run, quoted for a shell."""
     import shlex
 
-    words: list[Any] = [*arguments, *(["--num-processes", num_processes] if num_processes else [])]
+    kept = [word for word in arguments if not word.startswith("resume=")]  # it was for the start that just ended
+    words: list[Any] = [*kept, *(["--num-processes", num_processes] if num_processes else [])]
     return shlex.join(str(word) for word in words)

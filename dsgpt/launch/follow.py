@@ -6,6 +6,7 @@ another node. A half-written last line is left for the next look.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -42,8 +43,11 @@ class JsonTail:
             return []
         complete = data[: data.rfind(b"\n") + 1]
         self._position += len(complete)
-        entries = [json.loads(line) for line in complete.splitlines()]
-        return [entry for entry in entries if entry.get("attempt") == self.attempt]
+        entries = []
+        for line in complete.splitlines():
+            with contextlib.suppress(ValueError):  # a line cut short by a full disk or a crash
+                entries.append(json.loads(line))
+        return [entry for entry in entries if isinstance(entry, dict) and entry.get("attempt") == self.attempt]
 
 
 class Follower:
@@ -80,6 +84,12 @@ class Follower:
             self._bar.stop()
 
     def poll(self) -> None:
+        try:
+            self._show_new()
+        except OSError:
+            self._quiet = True  # the terminal or pipe is gone; the job is not
+
+    def _show_new(self) -> None:
         for entry in self._events.read():
             self._show_event(entry)
         for entry in self._metrics.read():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -23,7 +24,14 @@ from typing import Any
 
 from dsgpt.errors import ExitCode, LockedError
 from dsgpt.launch.follow import Follower
-from dsgpt.process import die_with_parent, free_port, new_attempt
+from dsgpt.process import (
+    LOCK_FILE,
+    SECOND_REQUEST_SECONDS,
+    die_with_parent,
+    free_port,
+    is_second_request,
+    new_attempt,
+)
 
 _POLL_SECONDS = 0.1
 
@@ -79,12 +87,8 @@ def run_job(job: Job, follower_for: Callable[[Path, str], Follower]) -> JobEnd:
     """Start the job, show its progress, pass stops on, and say how it ended."""
     attempt = new_attempt()
     log_dir = job.output_dir / "logs" / attempt
-    try:
-        log_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LockedError(
-            "the run folder cannot be written", seen=str(error), do="choose another run.output_dir"
-        ) from error
+    require_unlocked(job.output_dir)
+    log_dir.mkdir(parents=True, exist_ok=True)
     log_file = log_dir / f"{socket.gethostname()}.log"
     follower = follower_for(job.output_dir, attempt)
     with log_file.open("wb") as log, _StopForwarder(log_dir) as stopper:
@@ -99,11 +103,35 @@ def run_job(job: Job, follower_for: Callable[[Path, str], Follower]) -> JobEnd:
         )
         stopper.process_group = process.pid
         with follower:
-            while process.poll() is None:
+            # The launcher can be killed alone: the job has ended when its whole process group has.
+            while process.poll() is None or _group_is_alive(process.pid):
                 follower.poll()
                 time.sleep(_POLL_SECONDS)
             follower.poll()
     return _end_of(log_dir, log_file, process.returncode)
+
+
+def require_unlocked(output_dir: Path) -> None:
+    """Raise LockedError, before anything is written, when another job holds the folder or it cannot be written."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with (output_dir / LOCK_FILE).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LockedError(
+            "another job is using this run folder", seen=str(output_dir), do="wait for it, or cancel it"
+        ) from None
+    except OSError as error:
+        do = "choose another run.output_dir"
+        raise LockedError("the run folder cannot be written", seen=str(error), do=do) from error
+
+
+def _group_is_alive(process_group: int) -> bool:
+    try:
+        os.killpg(process_group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _environment(job: Job, attempt: str) -> dict[str, str]:
@@ -115,16 +143,16 @@ def _environment(job: Job, attempt: str) -> dict[str, str]:
 
 
 class _StopForwarder:
-    """First SIGINT or SIGTERM: ask the run to commit and stop. Second: kill the whole job at once."""
+    """The first signal asks the run to commit and stop; SIGINT or SIGTERM again, seconds later, kills the job at once."""
 
     def __init__(self, log_dir: Path):
         self.request_file = log_dir / "stop-request"
         self.process_group: int | None = None
-        self._count = 0
+        self._first: dict[int, float] = {}
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> _StopForwarder:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -133,19 +161,21 @@ class _StopForwarder:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: object) -> None:
-        self._count += 1
-        name = signal.Signals(number).name
-        if self._count == 1:
-            self.request_file.write_text(name + "\n", encoding="utf-8")
-            print(
-                f"\n{name}: the run commits its current step and stops (again: stop at once)",
-                file=sys.stderr,
-                flush=True,
-            )
-        elif self.process_group is not None:
+        if is_second_request(self._first, number) and self.process_group is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process_group, signal.SIGKILL)
             os._exit(128 + number)
+        if self.request_file.exists():
+            return
+        name = signal.Signals(number).name
+        try:
+            self.request_file.write_text(name + "\n", encoding="utf-8")
+        except OSError:  # a full disk: ask through the launcher instead, which passes SIGTERM on to its ranks
+            if self.process_group is not None:
+                os.killpg(self.process_group, signal.SIGTERM)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            again = f"again after {SECOND_REQUEST_SECONDS:.0f} s: stop at once"
+            print(f"\n{name}: the run commits its current step and stops ({again})", file=sys.stderr, flush=True)
 
 
 def _end_of(log_dir: Path, log_file: Path, returncode: int) -> JobEnd:
@@ -156,17 +186,21 @@ def _end_of(log_dir: Path, log_file: Path, returncode: int) -> JobEnd:
             ends.append(json.loads(path.read_text("utf-8")))
         except (OSError, ValueError):
             continue
-    # A rank that only saw its peer vanish says 76; the rank that knows the cause says something else.
-    telling = [end for end in ends if end["exit_code"] not in (ExitCode.DONE, ExitCode.INFRASTRUCTURE)]
-    chosen = telling or [end for end in ends if end["exit_code"] != ExitCode.DONE]
-    if chosen:
-        return JobEnd(chosen[0]["exit_code"], chosen[0]["message"], log_file)
+    failed = [end for end in ends if end["exit_code"] != ExitCode.DONE]
+    if failed:
+        # A rank that only saw its peer vanish says 76; the rank that knows the cause says something else.
+        told = min(failed, key=lambda end: (end["exit_code"] == ExitCode.INFRASTRUCTURE, _is_bystander(end["message"])))
+        return JobEnd(told["exit_code"], told["message"], log_file)
     if returncode == 0 and ends:
         return JobEnd(0, "", log_file)
     if 0 < returncode < 128 and not ends and returncode in list(ExitCode):
         return JobEnd(returncode, "\n".join(_tail(log_file)), log_file)
     message = f"the job ended without a verdict (launcher code {returncode}); the end of {log_file}:"
     return JobEnd(ExitCode.INFRASTRUCTURE, "\n".join([message, *_tail(log_file)]), log_file)
+
+
+def _is_bystander(message: str) -> bool:
+    return any(text in message for text in ("closed by peer", "reset by peer", "another rank failed"))
 
 
 def _tail(path: Path, lines: int = 20) -> list[str]:

@@ -8,6 +8,7 @@ typed on one's own text. A stage whose result exists is skipped and says so; run
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -22,6 +23,7 @@ from typing import Any
 
 from dsgpt.checkpoint import commit
 from dsgpt.errors import DsgptError, ExitCode
+from dsgpt.process import die_with_parent
 from dsgpt.quickstart.corpus import build_corpus
 from dsgpt.units import format_bytes, format_count, format_seconds
 
@@ -146,8 +148,11 @@ class Quickstart:
         return report
 
     def _training_numbers(self, step: int) -> dict[str, Any]:
-        lines = (self.run_dir / "metrics.jsonl").read_text("utf-8").splitlines()
-        by_step = {entry["step"]: entry for entry in map(json.loads, lines)}
+        by_step: dict[int, dict[str, Any]] = {}
+        for line in (self.run_dir / "metrics.jsonl").read_text("utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a line cut short by a crash
+                entry = json.loads(line)
+                by_step[entry["step"]] = entry
         entries = [by_step[number] for number in sorted(by_step) if number <= step]
         config = json.loads((self.run_dir / "environment.json").read_text("utf-8"))
         return {
@@ -171,7 +176,7 @@ class Quickstart:
         began = time.perf_counter()
         arguments = [str(word) for word in words]
         self._say(f"\n$ dsgpt {shlex.join(arguments)}")
-        process = subprocess.Popen([sys.executable, "-m", "dsgpt", *arguments])
+        process = subprocess.Popen([sys.executable, "-m", "dsgpt", *arguments], preexec_fn=die_with_parent)
         try:
             if stop_half_way:
                 self._stop_half_way(process)
@@ -192,9 +197,10 @@ class Quickstart:
     def _stop_half_way(self, process: subprocess.Popen[bytes]) -> None:
         """Send SIGTERM to `dsgpt train` when its metrics pass half of the steps."""
         metrics = self.run_dir / "metrics.jsonl"
+        earlier = metrics.stat().st_size if metrics.exists() else 0  # of a start that never committed
         while process.poll() is None:
             time.sleep(0.1)
-            lines = metrics.read_text("utf-8").splitlines() if metrics.exists() else []
+            lines = metrics.read_bytes()[earlier:].splitlines() if metrics.exists() else []
             try:
                 latest = json.loads(lines[-1]) if lines else None
             except ValueError:

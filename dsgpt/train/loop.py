@@ -27,14 +27,14 @@ from dsgpt.config import to_yaml
 from dsgpt.data.dataset import BlockDataset, SampleOrder
 from dsgpt.distributed import World
 from dsgpt.engine import Engine, construct
-from dsgpt.errors import CheckpointError, ConfigError, NumericalError, Preempted, SaveError
+from dsgpt.errors import CheckpointError, ConfigError, LockedError, NumericalError, Preempted, SaveError
 from dsgpt.evaluate import Evaluation, evaluate_split
 from dsgpt.model.gpt import GPT
 from dsgpt.model.recompute import apply_activation_checkpointing
 from dsgpt.optimizer import build_optimizer, learning_rate
 from dsgpt.process import StopRequest
 from dsgpt.train.resolve import ResolvedRun, check_same_run
-from dsgpt.train.state import RunLog, TrainState
+from dsgpt.train.state import RunLog, TrainState, write_atomically
 from dsgpt.train.step import StepLoader, StepReport, is_bad, largest_micro_batch, train_step
 from dsgpt.units import format_bytes, format_count, format_seconds
 
@@ -64,9 +64,10 @@ class Run:
 
 def train(plan: ResolvedRun, world: World, stop: StopRequest) -> TrainState:
     """Train until `max_steps`, or raise Preempted after committing the step at which a stop was agreed."""
-    _prepare_folder(plan, world)
+    changes = _prepare_folder(plan, world)
     log = RunLog(plan.output_dir, world.attempt, enabled=world.is_main)
-    stop.watch(plan.output_dir / "logs" / world.attempt / "stop-request")
+    if world.is_main:
+        stop.watch(plan.output_dir / "logs" / world.attempt / "stop-request")
     log.event("start", plan.describe(), world_size=world.size, max_steps=plan.max_steps, host=world.host)
     checkpoint = _choose_checkpoint(plan, world, log)
     dataset = BlockDataset(plan.dataset_path, "train", plan.config.training.seq_length, plan.config.data.document_mask)
@@ -74,8 +75,10 @@ def train(plan: ResolvedRun, world: World, stop: StopRequest) -> TrainState:
     _rehearse(run)
     if checkpoint is not None:
         _resume(run, checkpoint)
+        _set_later_steps_aside(run, checkpoint)
     elif plan.config.model.init_from != "scratch":
         run.engine.load(initial_weights(plan.config.model.init_from, plan.model), ("master",), 0)
+    _write_resolved(run, changes)
     if run.state.step >= plan.max_steps:
         log.event("finished", f"step {run.state.step} of {plan.max_steps} is reached already: nothing to train")
         return run.state
@@ -83,25 +86,45 @@ def train(plan: ResolvedRun, world: World, stop: StopRequest) -> TrainState:
     return run.state
 
 
-def _prepare_folder(plan: ResolvedRun, world: World) -> None:
-    """Write what is resolved, keep the tokenizer with the run, remove what crashed saves left. Rank 0 only."""
-    error = None
+def _prepare_folder(plan: ResolvedRun, world: World) -> list[str]:
+    """See that the folder can be used and holds no other run; returns what the config changes. Rank 0 only."""
+    error, changes = None, []
     if world.is_main:
         try:
-            folder = plan.output_dir
             for name in ("checkpoints", f"logs/{world.attempt}"):
-                (folder / name).mkdir(parents=True, exist_ok=True)
-            for difference in check_same_run(plan):
-                print(f"config changed since the last start: {difference}", flush=True)
-            (folder / "config.yaml").write_text(to_yaml(plan.config), encoding="utf-8")
-            (folder / "ds_config.json").write_text(json.dumps(plan.deepspeed, indent=2) + "\n", encoding="utf-8")
-            (folder / "environment.json").write_text(json.dumps(_environment(world), indent=2) + "\n", encoding="utf-8")
-            if not (folder / "tokenizer").exists():
-                shutil.copytree(plan.dataset_path / plan.dataset.tokenizer.path, folder / "tokenizer")
-            commit.remove_unfinished(folder / "checkpoints")
-        except (OSError, ConfigError) as problem:
+                (plan.output_dir / name).mkdir(parents=True, exist_ok=True)
+            changes = check_same_run(plan)
+            commit.remove_unfinished(plan.output_dir / "checkpoints")
+        except OSError as problem:
+            error = LockedError(
+                "the run folder cannot be written", seen=str(problem), do="choose another run.output_dir"
+            )
+        except ConfigError as problem:
             error = problem
     world.agree(error, "preparing the run's folder")
+    return changes
+
+
+def _write_resolved(run: Run, changes: list[str]) -> None:
+    """Write what is resolved, and keep the tokenizer with the run: after the resume worked, before step 1. Rank 0 only."""
+    error, plan, world = None, run.plan, run.world
+    if world.is_main:
+        try:
+            for difference in changes:
+                run.log.event("config_changed", f"config changed since the last start: {difference}")
+            write_atomically(plan.output_dir / "config.yaml", to_yaml(plan.config))
+            write_atomically(plan.output_dir / "ds_config.json", json.dumps(plan.deepspeed, indent=2) + "\n")
+            write_atomically(plan.output_dir / "environment.json", json.dumps(_environment(world), indent=2) + "\n")
+            if not (plan.output_dir / "tokenizer").exists():
+                tmp = plan.output_dir / ".tmp-tokenizer"
+                shutil.rmtree(tmp, ignore_errors=True)
+                shutil.copytree(plan.dataset_path / plan.dataset.tokenizer.path, tmp)
+                tmp.rename(plan.output_dir / "tokenizer")
+        except OSError as problem:
+            error = LockedError(
+                "the run folder cannot be written", seen=str(problem), do="free space, or choose another"
+            )
+    world.agree(error, "writing the run's config")
 
 
 def _environment(world: World) -> dict[str, Any]:
@@ -131,29 +154,26 @@ def _choose_checkpoint(plan: ResolvedRun, world: World, log: RunLog) -> Path | N
         log.event("checkpoint_rejected", f"warning: passed over a damaged checkpoint: {reason}", reason=reason)
     if checkpoint is None and mode == "must":
         raise CheckpointError("resume=must, but nothing is committed", seen=str(folder), do="resume=auto to start at 0")
-    if checkpoint is not None:
-        _set_later_steps_aside(folder, checkpoint, world, log)
     return checkpoint
 
 
-def _set_later_steps_aside(folder: Path, checkpoint: Path, world: World, log: RunLog) -> None:
+def _set_later_steps_aside(run: Run, checkpoint: Path) -> None:
     """Checkpoints after the one we continue from belong to another future: move them out of the way, keep them."""
-    error = None
-    if world.is_main:
+    error, folder = None, run.checkpoints_dir
+    if run.world.is_main:
         try:
             later = [path for _, path in commit.list_committed(folder) if path.name > checkpoint.name]
             if later:
-                number = len(list(folder.glob("abandoned-*"))) + 1
-                aside = folder / f"abandoned-{number}"
+                numbers = [int(path.name.partition("-")[2] or 0) for path in folder.glob("abandoned-*")]
+                aside = folder / f"abandoned-{max(numbers, default=0) + 1}"
                 aside.mkdir()
                 for path in later:
                     path.rename(aside / path.name)
-                log.event(
-                    "set_aside", f"moved {len(later)} later checkpoints to {aside}", steps=[p.name for p in later]
-                )
+                names = [path.name for path in later]
+                run.log.event("set_aside", f"moved {len(later)} later checkpoints to {aside}", steps=names)
         except OSError as problem:
-            error = problem
-    world.agree(error, "setting later checkpoints aside")
+            error = LockedError("later checkpoints cannot be set aside", seen=str(problem))
+    run.world.agree(error, "setting later checkpoints aside")
 
 
 def _build_engine(plan: ResolvedRun, world: World, log: RunLog) -> Engine:
@@ -190,9 +210,9 @@ def _resume(run: Run, checkpoint: Path) -> None:
             f"{key}: checkpoint {saved.get(key)}, now {ours[key]}" for key in ours if saved.get(key) != ours[key]
         )
         raise CheckpointError(
-            "the training data is not what the checkpoint was trained on",
+            "the samples would not be those the checkpoint's run goes through",
             seen=seen,
-            do="restore the dataset, or start another run with init_from=checkpoint:" + str(checkpoint),
+            do="restore these, or start another run with model.init_from=checkpoint:" + str(checkpoint),
         )
     load_state(run.engine, reader)
     run.state = TrainState(**reader.manifest["counters"])
@@ -209,6 +229,9 @@ def _data_identity(run: Run) -> dict[str, Any]:
         "tokenizer_sha256": run.plan.dataset.tokenizer.sha256,
         "num_samples": run.dataset.num_samples,
         "seq_length": run.plan.config.training.seq_length,
+        "global_batch_size": run.plan.config.training.global_batch_size,
+        "document_mask": run.plan.config.data.document_mask,
+        "seed": run.plan.config.run.seed,
     }
 
 
@@ -236,10 +259,7 @@ def _run_steps(run: Run) -> None:
             last = state.step == plan.max_steps
             if state.step % plan.config.logging.log_interval == 0 or last or state.step == 1:
                 _log_step(run, report, lr, meter)
-            interval = plan.config.logging.eval_interval
-            if last or (interval and state.step % interval == 0):
-                _evaluate(run)
-                meter.restart()
+            # Saved before evaluated: an evaluation that fails or takes long must not cost the checkpoint.
             if last or report.stop or state.step % plan.config.checkpoint.save_interval == 0:
                 _save(run, required=last or report.stop)
                 meter.restart()
@@ -247,8 +267,12 @@ def _run_steps(run: Run) -> None:
                 raise Preempted(
                     f"stopped at step {state.step} of {plan.max_steps}, committed",
                     seen=run.stop.requested or "asked on another rank",
-                    do="start the same command again to continue",
+                    do="start the same command again (without resume=) to continue",
                 )
+            interval = plan.config.logging.eval_interval
+            if last or (interval and state.step % interval == 0):
+                _evaluate(run)
+                meter.restart()
         run.log.event("finished", f"finished: step {state.step}", **state.counters())
     finally:
         loader.close()
@@ -257,14 +281,14 @@ def _run_steps(run: Run) -> None:
 def _check_numbers(run: Run, report: StepReport, bad_steps: int) -> int:
     """Count steps with non-finite loss or gradients. Their update is left out; learning rate and data move on.
 
-    Raises NumericalError after five in a row, and at once where a non-finite loss was applied to the weights.
+    Raises NumericalError after five in a row.
     """
     if not is_bad(report):
         return 0
     step = run.state.step
     text = f"warning: step {step} left out: loss {report.loss}, gradient norm {report.gradient_norm}"
     run.log.event("bad_step", text, step=step, loss=str(report.loss), gradient_norm=str(report.gradient_norm))
-    if report.applied or bad_steps + 1 >= MAX_CONSECUTIVE_BAD_STEPS:
+    if bad_steps + 1 >= MAX_CONSECUTIVE_BAD_STEPS:
         raise NumericalError(
             f"the loss or the gradients are not finite ({bad_steps + 1} steps in a row)",
             seen=f"step {step}: loss {report.loss}, gradient norm {report.gradient_norm}",
@@ -362,7 +386,7 @@ def _manifest(run: Run) -> dict[str, Any]:
         "counters": run.state.counters(),
         "data": _data_identity(run),
         "model": run.plan.model.model_dump(mode="json"),
-        "seed": run.plan.config.run.seed,
+        "state_kinds": list(run.engine.state_kinds),
         "world_size": run.world.size,
         "zero_stage": run.engine.stage,
         "dtype": run.plan.config.training.dtype,

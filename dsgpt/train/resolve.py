@@ -95,6 +95,12 @@ def resolve_run(
     config, notes = resolve_auto(
         config, world_size=world_size, device=device, gpu_memory_bytes=gpu_memory_bytes, bf16=bf16
     )
+    if config.training.dtype == "fp16":
+        raise ConfigError(
+            "fp16 is not supported yet: its loss scale would not be carried over a resume",
+            seen="training.dtype=fp16",
+            do="training.dtype=bf16 where the GPU has it, else training.dtype=fp32",
+        )
     config.training.gradient_accumulation_steps(world_size)
     max_steps = config.training.num_steps(num_samples)
     return ResolvedRun(
@@ -159,7 +165,15 @@ def check_same_run(run: ResolvedRun) -> list[str]:
     path = run.output_dir / "config.yaml"
     if not path.exists():
         return []
-    before, now = flatten(yaml.safe_load(path.read_text("utf-8"))), flatten(yaml.safe_load(to_yaml(run.config)))
+    try:
+        before = flatten(yaml.safe_load(path.read_text("utf-8")) or {})
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read",
+            seen=str(error),
+            do="remove that file: it is written anew from the config you give",
+        ) from error
+    now = flatten(yaml.safe_load(to_yaml(run.config)))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     identity = [key for key in changed if any(key == i or key.startswith(f"{i}.") for i in IDENTITY_KEYS)]
     if identity:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsgpt.checkpoint.commit import list_committed
+from dsgpt.checkpoint.commit import list_committed, verify
 from dsgpt.config import LoadedConfig, load_config, split_arguments, to_yaml
 from dsgpt.errors import ConfigError
 from dsgpt.launch.follow import Follower
@@ -91,7 +91,8 @@ def start_run(
     """Start a run on this machine and wait for its end."""
     plan = plan_run(arguments, num_processes, debug)
     committed = list_committed(plan.run.output_dir / "checkpoints")
-    if plan.run.config.resume in ("auto", "must") and committed and committed[-1][0] >= plan.run.max_steps:
+    done = bool(committed) and committed[-1][0] >= plan.run.max_steps and not verify(committed[-1][1], "size")
+    if plan.run.config.resume in ("auto", "must") and done:
         message = f"step {committed[-1][0]} of {plan.run.max_steps} is committed already: nothing to train"
         return JobEnd(0, message, plan.run.output_dir / "logs")
     if not quiet:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -35,6 +37,8 @@ class JsonLines:
     def __init__(self, path: Path | None):
         self._path, self.lost_lines = path, 0
         self._file: TextIO | None = path.open("a", encoding="utf-8") if path else None
+        if self._file and _ends_within_a_line(path):
+            self._file.write("\n")  # the last start died there; keep the next line whole
 
     def write(self, **fields: Any) -> None:
         if self._file is None:
@@ -48,6 +52,30 @@ class JsonLines:
             print(f"warning: {self.lost_lines} lines of {self._path} are lost: {error}", file=sys.stderr, flush=True)
 
 
+def _ends_within_a_line(path: Path | None) -> bool:
+    if path is None or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file whole: a crash or a full disk in between leaves the old one."""
+    tmp = path.with_name(f".tmp-{path.name}")
+    with tmp.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+
+
+def say(text: str) -> None:
+    """Print a line; a closed pipe or a full disk behind stdout is no reason to stop training."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
 class RunLog:
     """metrics.jsonl and events.jsonl of a run, and the lines a person sees. Silent on all ranks but 0."""
 
@@ -59,10 +87,10 @@ class RunLog:
     def metrics(self, text: str, **fields: Any) -> None:
         if self.enabled:
             self._metrics.write(time=time.time(), attempt=self.attempt, text=text, **fields)
-            print(text, flush=True)
+            say(text)
 
     def event(self, event: str, text: str = "", **fields: Any) -> None:
         if self.enabled:
             self._events.write(time=time.time(), attempt=self.attempt, event=event, text=text, **fields)
             if text:
-                print(text, flush=True)
+                say(text)

@@ -92,7 +92,7 @@ def train_step(
         last = micro_step == len(micro_batches) - 1
         loss_sum += engine.forward_backward(to_tensors(arrays, world.device), targets, last)
     total, stops, crcs = world.sum(float(loss_sum), float(stop), float(crc))
-    result = engine.step(lr)
+    result = engine.step(lr) if math.isfinite(total) else engine.discard()
     return StepReport(total / targets, result.gradient_norm, int(targets), result.applied, stops > 0, int(crcs))
 
 

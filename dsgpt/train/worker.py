@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
     """Run one rank; returns the exit code."""
     stop = StopRequest()
     stop.install()
+    stop.watch_launcher()
     arguments = [text for text in argv if not text.startswith("--local_rank") and text != "--debug"]
     debug = "--debug" in argv
     end = _End()
@@ -81,8 +82,8 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
             gpu_memory_bytes=device.memory_bytes,
             bf16=device.bf16,
         )
-        end.folder = plan.output_dir / "logs" / world.attempt
         with distributed.folder_lock(plan.output_dir, world):
+            end.folder = plan.output_dir / "logs" / world.attempt
             train(plan, world, stop)
     except Exception as error:
         raise _explain_memory(error, loaded.config) from error
@@ -106,7 +107,9 @@ def _explain_memory(error: Exception, config: Any) -> Exception:
     if config.training.activation_checkpointing != "full":
         changes.append("training.activation_checkpointing=full")
     changes.append("deepspeed=zero3")
-    return OutOfMemoryError("out of memory", seen=text.splitlines()[0], do=" or ".join(changes[:2]))
+    return OutOfMemoryError(
+        "out of memory", seen=(text.splitlines() or [type(error).__name__])[0], do=" or ".join(changes[:2])
+    )
 
 
 def _foreign(error: BaseException) -> tuple[ExitCode, str]:
