@@ -115,7 +115,7 @@ def evaluate_dataset(
 
 
 @torch.no_grad()
-def evaluate_texts(model: GPT, tokenizer: Tokenizer, texts: Iterable[str]) -> Evaluation:
+def evaluate_texts(model: GPT, tokenizer: Tokenizer, texts: Iterable[str], micro_batch: int = 8) -> Evaluation:
     """Every token of every text, each text one document, in windows of the model's context."""
     context = model.config.max_position_embeddings
     model.eval()
@@ -124,14 +124,19 @@ def evaluate_texts(model: GPT, tokenizer: Tokenizer, texts: Iterable[str]) -> Ev
     for text in texts:
         ids = tokenizer.encode_document(text)
         text_bytes += len(text.encode("utf-8", errors="replace"))
-        for window in _windows(ids, context):
-            batch = torch.tensor([window], device=device)
+        for windows in _batches(ids, context, micro_batch):
+            batch = torch.tensor(windows, device=device)
             loss += float(model(batch[:, :-1], labels=batch[:, 1:].contiguous()))
-            tokens += len(window) - 1
+            tokens += batch[:, 1:].numel()
     return summarise(loss, tokens, text_bytes)
 
 
-def _windows(ids: Sequence[int], context: int) -> Iterator[list[int]]:
-    """Pieces of at most context + 1 ids that overlap by one, so that each id but the first is a target once."""
-    for start in range(0, max(0, len(ids) - 1), context):
-        yield list(ids[start : start + context + 1])
+def _batches(ids: Sequence[int], context: int, micro_batch: int) -> Iterator[list[list[int]]]:
+    """Windows of context + 1 ids that overlap by one, so that each id but the first is a target once; the shorter last
+    window in a batch of its own."""
+    windows = [list(ids[start : start + context + 1]) for start in range(0, max(0, len(ids) - 1), context)]
+    whole = [window for window in windows if len(window) == context + 1]
+    for start in range(0, len(whole), micro_batch):
+        yield whole[start : start + micro_batch]
+    if len(windows) > len(whole):
+        yield [windows[-1]]

@@ -58,7 +58,7 @@ class StopRequest:
         self._first: dict[int, float] = {}
 
     def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, self._handle)
 
     def watch(self, control_file: Path) -> None:
@@ -85,7 +85,7 @@ class StopRequest:
         if not self.requested and self._control_file is not None:
             with contextlib.suppress(OSError):  # a stale file system view is not a reason to stop
                 if self._control_file.exists():
-                    self.requested = self._control_file.name
+                    self.requested = self._control_file.read_text("utf-8").strip() or self._control_file.name
         return bool(self.requested)
 
     def _handle(self, number: int, frame: object) -> None:

@@ -46,8 +46,14 @@ def find_model(text: str) -> ModelLocation:
     if (folder / "config.json").exists():
         return ModelLocation(folder, False, folder)
     committed = commit.list_committed(folder / "checkpoints")
-    if step:
-        committed = [entry for entry in committed if str(entry[0]) == step]
+    if step and committed:
+        wanted = [entry for entry in committed if str(entry[0]) == step]
+        if not wanted:
+            have = ", ".join(str(number) for number, _ in committed)
+            raise CheckpointError(
+                f"no step {step} in {folder}", seen=f"committed: {have}", do=f"{folder}@{committed[-1][0]}"
+            )
+        committed = wanted
     if not committed:
         raise CheckpointError(
             f"no model at {text}",
@@ -88,8 +94,9 @@ def initial_weights(init_from: str, config: ModelConfig) -> Callable[[Fragment, 
     """Where `Engine.load` takes the weights of a new run from: `hf:<folder>` or `checkpoint:<path>`."""
     origin, _, location = init_from.partition(":")
     if origin == "checkpoint":
-        require_intact(Path(location))
-        reader = CheckpointReader(Path(location))
+        path = find_model(location).path
+        require_intact(path)
+        reader = CheckpointReader(path)
         return lambda fragment, kind: reader.read(fragment.name, kind, fragment.start, fragment.numel)
     tensors = read_hf_weights(location, config)
     return lambda fragment, kind: tensors[fragment.name].flatten()[fragment.start :][: fragment.numel].float()

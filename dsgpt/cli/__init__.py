@@ -6,13 +6,15 @@ Errors of dsgpt's own kind print what, seen and do, without a traceback (`--debu
 from __future__ import annotations
 
 import importlib
+import json
 import sys
+import traceback
 from typing import Any
 
 import click
 
 from dsgpt import __version__
-from dsgpt.errors import DsgptError
+from dsgpt.errors import DsgptError, ExitCode
 
 # verb: (module:attribute, one line of help). The help is here so that listing verbs imports none of them.
 VERBS = {
@@ -54,7 +56,7 @@ class LazyGroup(click.Group):
 @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:
-    """Train GPT models on DeepSpeed: from scratch or fine-tuned, from a laptop to a SLURM cluster."""
+    """Train GPT models on DeepSpeed, from scratch or from existing weights, with one config and one code path."""
     ctx.obj = {"debug": debug}
 
 
@@ -63,8 +65,13 @@ def main(arguments: list[str] | None = None) -> Any:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         cli.main(arguments, prog_name="dsgpt")
-    except DsgptError as error:
+    except BrokenPipeError:
+        sys.exit(1)  # whoever read our output has left
+    except (DsgptError, OSError) as error:
+        code = error.exit_code if isinstance(error, DsgptError) else ExitCode.LOCKED
         if "--debug" in arguments:
-            raise
+            traceback.print_exc()
         click.echo(f"error: {error}", err=True)
-        sys.exit(int(error.exit_code))
+        if "--json" in arguments:
+            click.echo(json.dumps({"exit_code": int(code), "message": str(error)}))
+        sys.exit(int(code))

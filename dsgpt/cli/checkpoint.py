@@ -38,7 +38,11 @@ def list_checkpoints(run_dir: Path, as_json: bool) -> None:
 
     rows: list[dict[str, Any]] = []
     for step, path in _committed(run_dir):
-        manifest = commit.read_manifest(path)
+        try:
+            manifest = commit.read_manifest(path)
+        except CheckpointError as error:
+            click.echo(f"step {step:>8}  BAD: {error}", err=True)
+            continue
         rows.append(
             {
                 "step": step,

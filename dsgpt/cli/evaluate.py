@@ -25,17 +25,17 @@ def evaluate(
     if bool(texts) == bool(data):
         raise click.UsageError("give --text FILE (one or more) or --data DIR, not both")
     from dsgpt.checkpoint.weights import find_model, load_model
-    from dsgpt.cli.common import print_json
+    from dsgpt.cli.common import print_json, waiting
     from dsgpt.evaluate import evaluate_dataset, evaluate_texts
     from dsgpt.tokenizer import Tokenizer
 
     location = find_model(model)
     network, tokenizer = load_model(location), Tokenizer.load(location.tokenizer)
-    if data is not None:
-        result = evaluate_dataset(network, tokenizer, data, split, samples)
-    else:
-        contents = (path.read_text(encoding="utf-8", errors="replace") for path in texts)
-        result = evaluate_texts(network, tokenizer, contents)
+    with waiting("evaluating"):
+        if data is not None:
+            result = evaluate_dataset(network, tokenizer, data, split, samples)
+        else:
+            result = evaluate_texts(network, tokenizer, [_read(path) for path in texts])
     if as_json:
         print_json({"model": str(location.path), **result.as_dict()})
         return
@@ -43,3 +43,14 @@ def evaluate(
     click.echo(f"perplexity     {result.perplexity:.3f}")
     click.echo(f"bits per byte  {result.bits_per_byte:.4f}")
     click.echo(f"tokens         {result.tokens}")
+
+
+def _read(path: Path) -> str:
+    from dsgpt.errors import DataError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            "the text is not UTF-8", seen=f"{path}: {error}", do="convert it first, e.g. with iconv"
+        ) from error

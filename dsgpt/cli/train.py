@@ -35,7 +35,7 @@ def train(
         return
     end = start_run(arguments, num_processes, quiet=as_json, debug=debug)
     if as_json:
-        print_json({"exit_code": end.exit_code, "message": end.message, "log_file": str(end.log_file)})
+        print_json(end.as_dict())
     elif end.message:
         click.echo(end.message, err=True)
     if end.exit_code == 75 and not as_json:

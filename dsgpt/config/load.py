@@ -56,6 +56,7 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> L
     for name in paths:
         parsed = _read(name, problems)
         tree = merge(tree, parsed) if parsed is not None else tree
+    unread = bool(problems)
     for word in overrides:
         parsed = parse_override(word, Path.cwd(), problems)
         tree = merge(tree, parsed) if parsed is not None else tree
@@ -66,7 +67,9 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> L
     if config is not None:
         problems += [finding.problem for finding in check(config) if not tainted.intersection(finding.keys)]
     if config is None or problems:
-        raise ConfigError(problems=problems)
+        # Keys of a file that could not be read are missing for that reason alone: do not list them as well.
+        told = [problem for problem in problems if not (unread and "required" in problem.what)]
+        raise ConfigError(problems=told)
     named = _named_origins(config, origins)
     written = {key for key, origin in named.items() if origin != "default"}
     return LoadedConfig(config, named, ineffective_settings(config, written))

@@ -45,7 +45,7 @@ def find_config(name_or_path: str | Path) -> Path:
     if str(name_or_path) in shipped:
         return shipped[str(name_or_path)]
     beside = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-    close = nearest(path.name, beside) or nearest(path.stem, shipped)
+    close = nearest(path.stem, shipped) or nearest(path.name, beside)
     raise ConfigError(
         f"no config file {name_or_path}",
         seen=f"{path.resolve()} is {'a folder' if path.is_dir() else 'not there'}",

@@ -23,7 +23,9 @@ _PHASES = {
     "resumed": "resumed",
     "committed": "training",
     "first_step": "training",
+    "evaluating": "evaluating",
     "evaluation": "training",
+    "finished": "finished",
 }
 
 
@@ -90,10 +92,11 @@ class Follower:
             self._quiet = True  # the terminal or pipe is gone; the job is not
 
     def _show_new(self) -> None:
-        for entry in self._events.read():
-            self._show_event(entry)
-        for entry in self._metrics.read():
-            self._show_metrics(entry)
+        for entry in sorted(self._events.read() + self._metrics.read(), key=lambda entry: float(entry["time"])):
+            if "event" in entry:
+                self._show_event(entry)
+            else:
+                self._show_metrics(entry)
 
     def _show_event(self, entry: dict[str, Any]) -> None:
         if self._quiet:
@@ -115,9 +118,9 @@ class Follower:
     def _show_metrics(self, entry: dict[str, Any]) -> None:
         if self._quiet:
             return
-        rate = format_count(entry["tokens_per_second"])
+        rate, loss = format_count(entry["tokens_per_second"] or 0), entry["loss"]
         if self._bar is None:
             print(entry["text"], flush=True)
         else:
-            numbers = f"loss {entry['loss']:.3f}  {rate} tokens/s"
+            numbers = f"loss {'not finite' if loss is None else f'{loss:.3f}'}  {rate} tokens/s"
             self._bar.update(self._task, completed=entry["step"], numbers=numbers)

@@ -56,6 +56,15 @@ class JobEnd:
     message: str
     log_file: Path
 
+    def as_dict(self) -> dict[str, Any]:
+        """For --json: with the run's folder and the last line of its metrics."""
+        run = next((folder for folder in self.log_file.parents if (folder / "config.yaml").exists()), None)
+        metrics = _tail(run / "metrics.jsonl", 1) if run else []
+        last = json.loads(metrics[0]) if metrics and metrics[0].endswith("}") else {}
+        shown = {key: last.get(key) for key in ("step", "max_steps", "loss", "tokens_per_second", "consumed_tokens")}
+        ended = {"exit_code": self.exit_code, "message": self.message, "log_file": str(self.log_file)}
+        return {**ended, "output_dir": str(run) if run else None, **shown}
+
 
 def launch_command(job: Job, environment: Mapping[str, str] | None = None) -> list[str]:
     """DeepSpeed's launcher for this node, as an argument list: nothing passes through a shell.

@@ -60,7 +60,11 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
     try:
         raw = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError("no readable Hugging Face model here", seen=f"{path}: {error}") from error
+        raise ConfigError(
+            "no readable Hugging Face model here",
+            seen=f"{path}: {error}",
+            do="hf:<folder> with config.json and safetensors; download it there first",
+        ) from error
     kind = raw.get("model_type")
     if kind not in ARCHITECTURES:
         raise ConfigError(

@@ -183,7 +183,9 @@ class Quickstart:
             code = process.wait()
         except KeyboardInterrupt:
             code = process.wait()  # the terminal's Ctrl-C reached it too: it commits and says how to continue
-            raise DsgptError("interrupted", do=f"dsgpt quickstart --output-dir {self.folder} continues") from None
+            steps = f" --steps {self.steps}" if self.steps else ""
+            text = f"dsgpt quickstart --output-dir {self.folder}{steps} continues"
+            raise _failed(code or ExitCode.PREEMPTED, "interrupted", f"dsgpt {shlex.join(arguments)}", text) from None
         self.timings[label] = time.perf_counter() - began
         if code not in (0, ExitCode.PREEMPTED) or (code and not stop_half_way):
             raise _failed(
@@ -277,8 +279,8 @@ def summary_rows(folder: Path, result: dict[str, Any]) -> list[tuple[str, str]]:
 NEXT = """\
 On your own text (.txt and .jsonl files in my-text/):
 
-  dsgpt tokenizer train my-text --vocab-size 32000 --output my-tokenizer
-  dsgpt data prepare my-text --tokenizer my-tokenizer --output my-data --validation 0.5%
-  dsgpt config cp gpt2-124m my-run.yaml      # then edit it; or quickstart for a small model
-  dsgpt train my-run.yaml data.train='[{path: my-data}]'
+  dsgpt tokenizer train my-text --vocab-size 8000 --output my-tokenizer
+  dsgpt data prepare my-text --tokenizer my-tokenizer --output my-data --validation 5%
+  dsgpt config cp quickstart my-run.yaml     # then edit it; on GPUs start from gpt2-124m
+  dsgpt train my-run.yaml run.output_dir=runs/mine data.train='[{path: my-data}]'
 """

@@ -339,6 +339,7 @@ def _evaluate(run: Run) -> Evaluation | None:
         return None
     micro_batch = run.plan.config.training.micro_batch_size_per_gpu
     limit = run.plan.config.logging.eval_samples
+    run.log.event("evaluating", step=run.state.step)
     result = evaluate_split(run.engine.evaluate, run.validation, run.world, micro_batch, limit)
     run.log.event(
         "evaluation",

@@ -85,11 +85,15 @@ def resolve_run(
         )
     model = _model_config(config, dataset)
     if model.vocab_size < dataset.tokenizer.vocab_size:
+        scratch = config.model.init_from == "scratch"
         raise ConfigError(
             "the model's vocabulary is smaller than the tokenizer's",
             seen=f"model.vocab_size={model.vocab_size}, tokenizer {dataset.tokenizer.vocab_size}",
-            do=f"model.vocab_size={dataset.tokenizer.vocab_size}, or leave it out",
+            do=f"model.vocab_size={dataset.tokenizer.vocab_size}, or leave it out"
+            if scratch
+            else f"prepare the data with the tokenizer of {config.model.init_from}",
         )
+    _check_tokenizer(config, dataset, dataset_path)
     validation = _validation_split(config, dataset_path, dataset)
     config = _with_model(config, model)
     config, notes = resolve_auto(
@@ -140,11 +144,60 @@ def _validation_split(config: RunConfig, train_path: Path, train: DatasetManifes
     return path, "validation" if "validation" in manifest.splits else "train"
 
 
+def _check_tokenizer(config: RunConfig, dataset: DatasetManifest, dataset_path: Path) -> None:
+    """The data's tokenizer must be the one asked for and the one the initial weights were trained with.
+
+    Ids of another tokenizer train without an error, and mean nothing. A Hugging Face folder without tokenizer files
+    cannot be compared.
+    """
+    wanted: list[tuple[str, str]] = []
+    if config.tokenizer.path is not None:
+        wanted.append((f"tokenizer.path={config.tokenizer.path}", _tokenizer_hash(config.tokenizer.path)))
+    origin, _, location = config.model.init_from.partition(":")
+    if origin == "checkpoint":
+        manifest = commit.read_manifest(_checkpoint_folder(location))
+        wanted.append((config.model.init_from, manifest["data"]["tokenizer_sha256"]))
+    if origin == "hf" and (Path(location) / "tokenizer.json").exists():
+        wanted.append((config.model.init_from, _tokenizer_hash(Path(location))))
+    problems = [
+        Problem(
+            f"the data was made with another tokenizer than {name} has",
+            seen=f"{dataset_path}: {dataset.tokenizer.sha256[:12]}, there {found[:12]}",
+            do="prepare the data with that tokenizer",
+        )
+        for name, found in wanted
+        if found != dataset.tokenizer.sha256
+    ]
+    if problems:
+        raise ConfigError(problems=problems)
+
+
+def _tokenizer_hash(folder: Path) -> str:
+    from dsgpt.tokenizer.tokenizer import Tokenizer
+
+    return Tokenizer.load(folder).sha256
+
+
+def _checkpoint_folder(location: str) -> Path:
+    """A checkpoint, or the newest of a run folder."""
+    path = Path(location)
+    if (path / commit.MANIFEST).exists():
+        return path
+    committed = commit.list_committed(path / "checkpoints")
+    if not committed:
+        raise ConfigError(
+            "model.init_from names no checkpoint",
+            seen=location,
+            do="checkpoint:<run folder> or checkpoint:<its folder>",
+        )
+    return committed[-1][1]
+
+
 def _model_config(config: RunConfig, dataset: DatasetManifest) -> ModelConfig:
     """The architecture: written in the config, or read from what init_from names."""
     origin, _, location = config.model.init_from.partition(":")
     if origin == "checkpoint":
-        return ModelConfig.model_validate(commit.read_manifest(Path(location))["model"])
+        return ModelConfig.model_validate(commit.read_manifest(_checkpoint_folder(location))["model"])
     if origin == "hf":
         from dsgpt.model.hf_import import read_hf_config
 

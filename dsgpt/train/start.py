@@ -8,6 +8,7 @@ Torch-free: what is wrong is said here, before 10 seconds of imports on every ra
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class Plan:
         parts += [f"changed since the last start: {text}" for text in self.changes]
         parts += ["", "# config.yaml", to_yaml(self.run.config).rstrip()]
         parts += ["", "# ds_config.json", json.dumps(self.run.deepspeed, indent=2)]
-        parts += ["", "# command", " ".join(launch_command(self.job))]
+        parts += ["", "# command", shlex.join(launch_command(self.job))]
         return "\n".join(parts)
 
 

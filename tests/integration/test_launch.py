@@ -195,3 +195,16 @@ def test_an_output_folder_that_cannot_be_made_ends_with_73(write_run, tmp_path):
     )
     assert done.returncode == 73, done.stderr
     assert "run.output_dir" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_data_of_another_tokenizer_is_refused_by_name(write_run, dataset, tmp_path):
+    from dsgpt.tokenizer.training import train_on_texts
+
+    train_on_texts([Path(__file__).read_text("utf-8")], 300, tmp_path / "other", "hf-bpe", {})
+    yaml = write_run("other")
+    done = subprocess.run(
+        [*DSGPT, "train", str(yaml), f"tokenizer.path={tmp_path / 'other'}"], capture_output=True, text=True
+    )
+    assert done.returncode == 78 and "another tokenizer than tokenizer.path=" in done.stderr, done.stderr
+    same = [*DSGPT, "train", str(yaml), f"tokenizer.path={dataset / 'tokenizer'}", "--dry-run"]
+    assert subprocess.run(same, capture_output=True).returncode == 0
