@@ -104,9 +104,14 @@ def is_second_request(first: dict[int, float], number: int) -> bool:
 
 
 def _ancestors() -> tuple[int, int]:
-    """The parent's process id and the parent's parent's (0 where it cannot be told)."""
+    """The parent's process id, and its parent's where the parent is DeepSpeed's launcher (else 0).
+
+    Only there does the grandparent matter: the `deepspeed` command. Elsewhere it may be a daemon that restarts.
+    """
     parent = os.getppid()
     try:
+        if b"deepspeed" not in Path(f"/proc/{parent}/cmdline").read_bytes():
+            return parent, 0
         # pid (command) state ppid …; the command may hold anything, so look after its closing bracket.
         return parent, int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError, IndexError):
