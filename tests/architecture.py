@@ -59,18 +59,7 @@ HEAVY = {
 TORCH_FREE = (*LIGHT, "tokenizer", "data")
 TORCH_SIDE = {"torch", "deepspeed", "transformers", "datasets", "peft"}
 # These never import torch, not even inside a function: they start another process for what needs it.
-NEVER_TORCH = (
-    "errors",
-    "units",
-    "process",
-    "config",
-    "planning",
-    "launch",
-    "report",
-    "tokenizer",
-    "data",
-    "checkpoint.commit",
-)
+NEVER_TORCH = (*(name for name in LIGHT if name not in ("cli", "quickstart")), "tokenizer", "data")
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "imp"}
 FORBIDDEN_CALLS = {

@@ -28,7 +28,6 @@ from dsgpt.errors import CheckpointError, Problem
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _COMMITTED = re.compile(r"^step-(\d{8,})$")
-_CHUNK = 8 << 20
 
 
 def begin(checkpoints_dir: Path, step: int, attempt: str) -> Path:
@@ -53,11 +52,8 @@ def fsync_path(path: Path) -> None:
 
 
 def hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_files(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:

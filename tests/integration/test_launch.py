@@ -51,6 +51,18 @@ def processes_of(text: str) -> list[int]:
     return found
 
 
+def wait_until_gone(yaml: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while processes_of(str(yaml)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not processes_of(str(yaml)), "processes of the job are left"
+
+
+def deepspeed_command(yaml: Path) -> list[str]:
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    return [deepspeed, "--num_gpus", "2", "--module", "dsgpt.train", str(yaml)]
+
+
 def children_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
@@ -69,14 +81,7 @@ def test_sigterm_commits_one_step_and_the_deepspeed_launcher_itself_continues_it
     assert not processes_of(str(yaml)), "nothing of the job is left"
 
     # DeepSpeed's own command, and its own way of stopping: SIGTERM to the launcher, which passes it on.
-    launcher = [
-        str(Path(sys.executable).with_name("deepspeed")),
-        "--num_gpus",
-        "2",
-        "--module",
-        "dsgpt.train",
-        str(yaml),
-    ]
+    launcher = deepspeed_command(yaml)
     finishing = start([*launcher, f"training.max_steps={step + 6}"], DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     output, _ = finishing.communicate(timeout=120)
     assert finishing.returncode == 0, output
@@ -104,10 +109,7 @@ def test_a_second_signal_ends_at_once_with_the_last_commit_intact(write_run, tmp
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGINT
-    deadline = time.monotonic() + 15
-    while processes_of(str(yaml)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not processes_of(str(yaml))
+    wait_until_gone(yaml, 15)
     committed = commit.list_committed(tmp_path / "twice/checkpoints")
     assert committed and all(commit.verify(path) == [] for _, path in committed)
 
@@ -118,10 +120,7 @@ def test_a_killed_supervisor_leaves_no_process_and_a_committed_step(write_run, t
     wait_for_step(tmp_path / "orphans", 3, process)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 40
-    while processes_of(str(yaml)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not processes_of(str(yaml))
+    wait_until_gone(yaml, 40)
     ((step, path),) = commit.list_committed(tmp_path / "orphans/checkpoints")
     assert step >= 3 and commit.verify(path) == []
 
@@ -129,14 +128,7 @@ def test_a_killed_supervisor_leaves_no_process_and_a_committed_step(write_run, t
 @pytest.mark.parametrize("victim", ["runner", "group"])
 def test_the_deepspeed_command_stopped_by_sigterm_commits_and_leaves_nothing(write_run, tmp_path, victim):
     yaml = write_run("runner", **{"training.max_steps": 100000})
-    launcher = [
-        str(Path(sys.executable).with_name("deepspeed")),
-        "--num_gpus",
-        "2",
-        "--module",
-        "dsgpt.train",
-        str(yaml),
-    ]
+    launcher = deepspeed_command(yaml)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen(
         launcher, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -144,10 +136,7 @@ def test_the_deepspeed_command_stopped_by_sigterm_commits_and_leaves_nothing(wri
     wait_for_step(tmp_path / "runner", 3, process)
     # The command alone, which tells nobody; or every process of the job at once, as a scheduler does.
     (os.kill if victim == "runner" else os.killpg)(process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + 60
-    while processes_of(str(yaml)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not processes_of(str(yaml))
+    wait_until_gone(yaml, 60)
     ((step, path),) = commit.list_committed(tmp_path / "runner/checkpoints")
     assert step >= 3 and commit.verify(path) == []
 
