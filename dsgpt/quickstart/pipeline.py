@@ -261,7 +261,7 @@ def summary_rows(folder: Path, result: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("trained", f"{training['steps']} steps, {format_count(training['tokens'])} tokens, "
                     f"{format_count(export['num_parameters'])} parameters, {training['ranks']} ranks on {training['device']}"),
-        ("stopped and resumed", f"at step {stopped}" if stopped else "in an earlier call"),
+        ("stopped and resumed", f"at step {stopped}" if stopped else "not in this call"),
         ("loss, first -> last step", f"{training['first_loss']:.3f} -> {training['last_loss']:.3f}"),
         ("validation loss", f"{evaluation['loss']:.4f} nats per token, perplexity {evaluation['perplexity']:.2f}"),
         ("bits per byte", f"{evaluation['bits_per_byte']:.3f} on packages never seen (xz -9e on the same text: {xz:.3f})"),
