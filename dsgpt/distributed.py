@@ -58,6 +58,11 @@ class World:
             dist.all_reduce(tensor, operation)
         return tensor.tolist()
 
+    def sum_in_place(self, tensor: torch.Tensor) -> None:
+        """Replace a tensor by its sum over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value on every rank (a small JSON-like object)."""
         if self.size == 1:

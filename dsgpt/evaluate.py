@@ -22,7 +22,7 @@ from torch import Tensor
 from dsgpt.data.dataset import BlockDataset, collate
 from dsgpt.distributed import World
 from dsgpt.errors import DataError
-from dsgpt.model.gpt import GPT, IGNORE_INDEX
+from dsgpt.model.gpt import GPT, IGNORE_INDEX, PADDING
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
@@ -51,9 +51,10 @@ def summarise(loss_sum: float, tokens: int, text_bytes: float) -> Evaluation:
 
 
 def to_tensors(arrays: dict[str, np.ndarray], device: torch.device) -> Batch:
-    """A collated batch on the device. Document ids are left out where every row is one document: the attention kernel
-    without a mask is faster and computes the same."""
-    if (arrays["document_ids"] == arrays["document_ids"][:, :1]).all():
+    """A collated batch on the device. Document ids are left out where every row is one document without padding: the
+    attention kernel without a mask is faster and computes the same."""
+    documents = arrays["document_ids"]
+    if (documents == documents[:, :1]).all() and (documents != PADDING).all():
         arrays = {name: value for name, value in arrays.items() if name != "document_ids"}
     return {name: torch.from_numpy(np.ascontiguousarray(v)).to(device, non_blocking=True) for name, v in arrays.items()}
 

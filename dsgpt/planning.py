@@ -105,8 +105,10 @@ def activation_bytes(model: ModelConfig, seq_length: int, micro_batch_size: int,
     block = 4 * hidden + 4 * hidden + attention_core + (4 if model.activation == "swiglu" else 3) * inner
     dropped = sum((model.dropout.residual > 0, model.dropout.embedding > 0)) * hidden  # one byte per element
     whole = block * size + dropped
-    kept = {"none": whole, "selective": whole - attention_core * size, "full": hidden * size}[policy]
-    working = whole if policy == "full" else attention_core * size if policy == "selective" else 0
+    # Selective recomputation keeps the block's input and the results of its matrix products and of attention.
+    products = 3 * hidden + heads + queries + (2 if model.activation == "swiglu" else 1) * inner
+    kept = {"none": whole, "selective": products * size, "full": hidden * size}[policy]
+    working = 0 if policy == "none" else whole  # of the one block that is being recomputed
     per_token = model.num_hidden_layers * kept + working + 4 * hidden * size
     tokens = seq_length * micro_batch_size
     mask = micro_batch_size * seq_length * seq_length * size
@@ -140,7 +142,7 @@ def resolve_auto(
     notes: list[str] = []
     dtype = training.dtype
     if dtype == "auto":
-        dtype = "fp32" if device == "cpu" else "bf16" if bf16 else "fp32"
+        dtype = "fp32" if device == "cpu" else "bf16" if bf16 else "fp16"
         why = "the device is a CPU" if device == "cpu" else "the GPU has it" if bf16 else "the GPU has no bf16"
         notes.append(f"training.dtype = {dtype}: {why}")
     elif dtype == "fp16" and device == "cpu":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsgpt.checkpoint import commit
@@ -24,6 +24,10 @@ MASTER = "master"
 
 def partition_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
+
+
+def buffer_key(name: str) -> str:
+    return f"buffer:{name}"
 
 
 class CheckpointReader:
@@ -75,3 +79,11 @@ class CheckpointReader:
         """A whole parameter in its shape."""
         shape = self.parameters[name]
         return self.read(name, kind, 0, math.prod(shape)).view(shape)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Running statistics, whole; empty for models without any. They lie in rank 0's file."""
+        names = self.manifest.get("buffers", {})
+        try:
+            return {name: self._file(0).get_tensor(buffer_key(name)) for name in names}
+        except SafetensorError as error:
+            raise CheckpointError("the checkpoint lacks running statistics", seen=f"{self.path}: {error}") from error

@@ -3,7 +3,8 @@
 Layout of `checkpoints/step-00001000/`:
 
     manifest.json                 counters, model, fingerprints, versions, sizes and hashes, where each range lies
-    rank-00000.safetensors        this rank's fragments: "<kind>:<parameter>", kind = master, exp_avg, exp_avg_sq
+    rank-00000.safetensors        this rank's fragments: "<kind>:<parameter>", kind = master, exp_avg, exp_avg_sq;
+                                  rank 0 also "buffer:<name>", running statistics, which are equal on all ranks
 
 A checkpoint holds 12 bytes per parameter with AdamW; low-precision copies are recomputed from the masters. Nothing in it
 can execute. `CheckpointReader` reads any range of any parameter, whatever topology wrote it.
@@ -25,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from dsgpt.checkpoint import commit
-from dsgpt.checkpoint.reader import CheckpointReader, partition_file
+from dsgpt.checkpoint.reader import CheckpointReader, buffer_key, partition_file
 from dsgpt.distributed import World
 from dsgpt.engine import Engine, Fragment
 from dsgpt.errors import CheckpointError, SaveError
@@ -56,7 +57,8 @@ def save_checkpoint(
             if not failure:
                 files = {name: entry for part, _, _ in gathered for name, entry in part.items()}
                 index = _index(engine, world, [ranges for _, ranges, _ in gathered])
-                contents = {**manifest, "files": files, "parameters": index}
+                buffers = {name: list(value.shape) for name, value in engine.buffers().items()}
+                contents = {**manifest, "files": files, "parameters": index, "buffers": buffers}
                 path = str(commit.commit(checkpoints_dir, folder, contents))
         except (OSError, CheckpointError) as problem:
             failure = str(problem)
@@ -90,6 +92,8 @@ def _write_partition(engine: Engine, folder: Path, rank: int, fragments: Sequenc
         for fragment in fragments
         for kind in engine.state_kinds
     }
+    if rank == 0:
+        tensors |= {buffer_key(name): value.detach().cpu().contiguous() for name, value in engine.buffers().items()}
     starts = {fragment.name: fragment.start for fragment in fragments}
     name = partition_file(rank)
     # One metadata entry only: with several, safetensors writes them in random order, and equal states differ in bytes.
@@ -133,11 +137,21 @@ def load_state(engine: Engine, reader: CheckpointReader) -> None:
             seen=f"checkpoint: {', '.join(kinds)}; this run: {', '.join(engine.state_kinds)}",
             do="use the optimizer.name and optimizer.momentum the run was started with",
         )
+    error = None
+    try:
+        buffers = reader.buffers()
+        if buffers.keys() != engine.buffers().keys():
+            seen = f"checkpoint: {', '.join(buffers) or 'none'}; model: {', '.join(engine.buffers()) or 'none'}"
+            error = CheckpointError("the checkpoint's running statistics are not the model's", seen=seen)
+    except CheckpointError as problem:
+        error = problem
+    engine.world.agree(error, "reading the checkpoint's running statistics")
     engine.load(
         lambda fragment, kind: reader.read(fragment.name, kind, fragment.start, fragment.numel),
         engine.state_kinds,
         reader.manifest["counters"]["optimizer_steps"],
     )
+    engine.load_buffers(buffers)
 
 
 def find_checkpoint(

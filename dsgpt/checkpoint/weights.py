@@ -76,7 +76,7 @@ def load_model(location: ModelLocation, device: str = "cpu") -> GPT:
         require_intact(location.path)
         reader = CheckpointReader(location.path)
         config = ModelConfig.model_validate(reader.manifest["model"])
-        tensors = {name: reader.tensor(name) for name in reader.parameters}
+        tensors = {name: reader.tensor(name) for name in reader.parameters} | reader.buffers()
     else:
         config = read_hf_config(location.path)
         tensors = read_hf_weights(location.path, config)
@@ -90,13 +90,21 @@ def load_model(location: ModelLocation, device: str = "cpu") -> GPT:
     return model.eval()
 
 
-def initial_weights(init_from: str, config: ModelConfig) -> Callable[[Fragment, str], Tensor]:
-    """Where `Engine.load` takes the weights of a new run from: `hf:<folder>` or `checkpoint:<path>`."""
+@dataclass(frozen=True)
+class InitialWeights:
+    """What a new run starts from: `read` is the source for `Engine.load`, `buffers` are the running statistics."""
+
+    read: Callable[[Fragment, str], Tensor]
+    buffers: dict[str, Tensor]
+
+
+def initial_weights(init_from: str, config: ModelConfig) -> InitialWeights:
+    """The weights that `hf:<folder>` or `checkpoint:<path>` names, of the given architecture."""
     origin, _, location = init_from.partition(":")
     if origin == "checkpoint":
         path = find_model(location).path
         require_intact(path)
         reader = CheckpointReader(path)
-        return lambda fragment, kind: reader.read(fragment.name, kind, fragment.start, fragment.numel)
+        return InitialWeights(lambda f, kind: reader.read(f.name, kind, f.start, f.numel), reader.buffers())
     tensors = read_hf_weights(location, config)
-    return lambda fragment, kind: tensors[fragment.name].flatten()[fragment.start :][: fragment.numel].float()
+    return InitialWeights(lambda f, kind: tensors[f.name].flatten()[f.start :][: f.numel].float(), tensors)

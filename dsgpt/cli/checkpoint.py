@@ -91,7 +91,10 @@ def verify(run_dir: Path, size_only: bool, as_json: bool) -> None:
 @click.option("--no-check", is_flag=True, help="Do not load the export back to compare logits.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def export(model: str, output: Path, no_check: bool, as_json: bool) -> None:
-    """Write MODEL (a run folder, RUN@STEP or a checkpoint) in Hugging Face format, checked against transformers."""
+    """Write MODEL (a run folder, RUN@STEP or a checkpoint) in Hugging Face format, checked against transformers.
+
+    A model that no Hugging Face architecture holds is written in dsgpt's own format.
+    """
     from dsgpt.checkpoint.export import export_checkpoint
     from dsgpt.checkpoint.weights import find_model
     from dsgpt.cli.common import print_json
@@ -103,4 +106,6 @@ def export(model: str, output: Path, no_check: bool, as_json: bool) -> None:
         return
     click.echo(f"{report.path}: {report.architecture}, {format_count(report.num_parameters)} parameters")
     if report.logit_difference is not None:
-        click.echo(f"logits agree with transformers: largest difference {report.logit_difference:.2g}")
+        click.echo(
+            f"logits agree with those {report.checked_with} reads: largest difference {report.logit_difference:.2g}"
+        )

@@ -14,6 +14,8 @@ from pydantic import Field
 from dsgpt.config.fields import Bool, Count, Real, Section
 from dsgpt.errors import ConfigError
 
+ExportFormat = Literal["llama", "qwen3", "gpt2", "dsgpt"]
+
 
 class Dropout(Section):
     """Probability of zeroing, in [0, 1); 0 switches that dropout off."""
@@ -30,10 +32,12 @@ class _Architecture(Section):
     position_embedding: Literal["rotary", "learned"] = Field(
         default="rotary", description="how positions enter the model"
     )
-    norm: Literal["rmsnorm", "layernorm"] = Field(default="rmsnorm", description="normalisation layer")
+    norm: Literal["rmsnorm", "layernorm", "batchnorm"] = Field(
+        default="rmsnorm", description="normalisation layer; batchnorm for research, see the README before using it"
+    )
     norm_eps: Real = Field(default=1e-5, gt=0, description="added to the variance before its root")
     activation: Literal["swiglu", "gelu"] = Field(default="swiglu", description="of the MLP; swiglu has a third matrix")
-    bias: Bool = Field(default=False, description="bias vectors in the linear layers and in layernorm")
+    bias: Bool = Field(default=False, description="bias vectors in the linear layers, layernorm and batchnorm")
     qk_norm: Bool = Field(default=False, description="RMSNorm of each head's queries and keys")
     tie_word_embeddings: Bool = Field(default=True, description="the output head shares the input embedding's matrix")
     dropout: Dropout = Field(default=Dropout(), description="dropout probabilities")
@@ -50,6 +54,23 @@ class ModelConfig(_Architecture):
     intermediate_size: Count
     vocab_size: Count
     max_position_embeddings: Count
+
+    @property
+    def export_format(self) -> ExportFormat:
+        """The Hugging Face format that holds this model exactly, else dsgpt's own."""
+        modern = self.norm == "rmsnorm" and self.position_embedding == "rotary" and self.activation == "swiglu"
+        if modern and not self.qk_norm:
+            return "llama"
+        if modern and not self.bias:
+            return "qwen3"
+        classic = self.norm == "layernorm" and self.position_embedding == "learned" and self.activation == "gelu"
+        plain_heads = (
+            self.num_key_value_heads == self.num_attention_heads
+            and self.head_dim * self.num_attention_heads == self.hidden_size
+        )
+        if classic and plain_heads and self.bias and self.tie_word_embeddings and not self.qk_norm:
+            return "gpt2"
+        return "dsgpt"
 
 
 class ModelSection(_Architecture):

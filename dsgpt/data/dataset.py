@@ -38,7 +38,8 @@ class Block:
     input_ids     int64
     labels        int64, the next token; IGNORED where it belongs to another document
     position_ids  int64, from 0 at the start of the block and of each document in it
-    document_ids  int32, 0, 1, 2, ... from the start of the block; positions with equal ids may attend to each other
+    document_ids  int32, 0, 1, 2, ... from the start of the block; positions with equal ids may attend to each
+                  other; -1 is padding (blocks have none)
     """
 
     input_ids: np.ndarray

@@ -1,9 +1,10 @@
 """The native GPT: a decoder-only transformer in one file, single-device code.
 
 It covers the shapes of GPT-2 (layer norm, learned positions, GELU, biases), Llama (RMS norm, rotary positions, SwiGLU,
-grouped-query attention) and Qwen3 (Llama with normalised queries and keys). Parallelism, activation checkpointing and
-precision are applied from outside. With labels the model returns the *sum* of the cross-entropy over target tokens; the
-caller divides by the number of targets of the whole step, so unevenly masked batches stay exact.
+grouped-query attention) and Qwen3 (Llama with normalised queries and keys), any mixture of their parts, and batch norm.
+Parallelism, activation checkpointing and precision are applied from outside. With labels the model returns the *sum* of
+the cross-entropy over target tokens; the caller divides by the number of targets of the whole step, so unevenly masked
+batches stay exact.
 
 Trade-off: query, key and value are separate matrices (a few per cent slower than one fused matrix on GPUs) because
 names then agree with the Hugging Face formats, with LoRA targets and with freezing patterns.
@@ -21,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsgpt.config import ModelConfig
+from dsgpt.model.batch_norm import BatchNorm, MicroStep
 
 IGNORE_INDEX = -100
-# Elements of one chunk of logits: 128 MiB in fp32, large enough to keep a GPU's matrix units busy.
-_LOGIT_CHUNK_ELEMENTS = 1 << 25
+PADDING = -1  # the document id of positions that hold no token
+# Elements of one chunk of logits: 128 MiB in fp32 keeps a GPU's matrix units busy, 8 MiB stays near a CPU's cache.
+_LOGIT_CHUNK_ELEMENTS = {"cuda": 1 << 25, "cpu": 1 << 21}
 
 
 def initial_std(config: ModelConfig) -> float:
@@ -83,7 +86,13 @@ class RMSNorm(nn.Module):
 def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return RMSNorm(config.hidden_size, config.norm_eps)
+    if config.norm == "batchnorm":
+        return BatchNorm(config.hidden_size, config.norm_eps, config.bias)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
+
+
+def normalise(norm: nn.Module, x: Tensor, micro_step: MicroStep) -> Tensor:
+    return norm(x, micro_step) if isinstance(norm, BatchNorm) else norm(x)
 
 
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -128,6 +137,7 @@ class Context(NamedTuple):
     angles: tuple[Tensor, Tensor] | None  # rotary cosines and sines, None with learned positions
     mask: Tensor | None  # (B, 1, T, S) boolean, True where attention is allowed; None is plain causal
     cache: KeyValueCache | None
+    micro_step: MicroStep
 
 
 class Attention(nn.Module):
@@ -201,22 +211,31 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout.residual)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), context))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = x + self.dropout(self.attention(normalise(self.attention_norm, x, context.micro_step), context))
+        return x + self.dropout(self.mlp(normalise(self.mlp_norm, x, context.micro_step)))
+
+
+def _rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
+    """How many tokens' logits exist at one time: what a chunk holds, and never more than a quarter of all."""
+    elements = _LOGIT_CHUNK_ELEMENTS["cpu" if hidden.device.type == "cpu" else "cuda"]
+    return max(1, min(elements // weight.shape[0], -(-hidden.shape[0] // 4)))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropy of `hidden @ weight.T`, without ever holding (tokens, V) at once.
 
     Gradients are computed chunk by chunk together with the loss, so nothing is recomputed in the backward pass and the
-    weight is not needed there (under ZeRO-3 it is gathered once less). Memory: one chunk of logits plus the gradients.
+    weight is not needed there (under ZeRO-3 it is gathered once less). Memory: one chunk of logits plus the gradients,
+    which wait in fp32 under fp16, because the loss scale that keeps them in its range comes only in the backward pass.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        rows = max(64, _LOGIT_CHUNK_ELEMENTS // weight.shape[0])
+        rows = _rows_per_chunk(hidden, weight)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        ctx.dtype = hidden.dtype
+        waiting = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        grad_hidden = torch.empty_like(hidden, dtype=waiting) if needs_grad else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], rows):
@@ -232,14 +251,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden[start : start + rows] = grad_logits @ weight
                 grad_weight += grad_logits.t() @ chunk
         if needs_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            ctx.save_for_backward(grad_hidden, grad_weight.to(waiting))
         return loss
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
         # Both buffers belong to this node alone and are used once: scale them in place.
-        return grad_hidden.mul_(grad_output), grad_weight.mul_(grad_output), None
+        return grad_hidden.mul_(grad_output).to(ctx.dtype), grad_weight.mul_(grad_output).to(ctx.dtype), None
 
 
 class LMHead(nn.Module):
@@ -283,7 +302,8 @@ class GPT(nn.Module):
         """Logits (B, T, V), or with `labels` the sum of the cross-entropy over labels other than -100.
 
         `input_ids`, `labels`, `position_ids` and `document_ids` are (B, T); labels are already shifted: labels[t] is the
-        token after input_ids[t]. Positions of different documents do not attend to each other.
+        token after input_ids[t]. Positions of different documents do not attend to each other; document id -1 is padding,
+        which batch norm leaves out.
         """
         length, past = input_ids.shape[1], cache.length if cache else 0
         if position_ids is None:
@@ -294,11 +314,12 @@ class GPT(nn.Module):
             x = x + self.embed_positions(position_ids)
         else:
             angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
-        context = Context(angles, attention_mask(length, past, document_ids, input_ids.device), cache)
+        micro_step = MicroStep(None if document_ids is None else document_ids != PADDING)
+        context = Context(angles, attention_mask(length, past, document_ids, input_ids.device), cache, micro_step)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, context)
-        return self.lm_head(self.norm(x), labels)
+        return self.lm_head(normalise(self.norm, x, micro_step), labels)
 
 
 def attention_mask(length: int, past: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:

@@ -1,8 +1,8 @@
 """The native GPT in Hugging Face's formats: GPT-2, Llama and Qwen3, through one explicit key table.
 
-`hf_architecture(config)` says which format holds a native model (None: no format does). `hf_config` and `to_hf` give
-config.json and tensors; `config_from_hf` and `from_hf` read them back. Configuration keys that change the mathematics and
-are not implemented are refused by name, so an import never computes something else silently.
+`ModelConfig.export_format` says which format holds a model. `hf_config` and `to_hf` give config.json and tensors; `from_hf`
+reads tensors back. A combination that none of the three holds has the format "dsgpt": the same folder layout, with native
+names, which only dsgpt reads.
 
 Trade-off: tensors are converted one Hugging Face tensor at a time (`to_hf` is a generator), so an export holds one tensor
 more than the model, whatever its size.
@@ -19,7 +19,13 @@ from torch import Tensor
 from dsgpt.config import ModelConfig
 from dsgpt.errors import ConfigError, Problem
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "dsgpt": "GPT",
+}
+FORMAT_VERSION = 1  # of dsgpt's own format
 
 
 class Key(NamedTuple):
@@ -30,23 +36,6 @@ class Key(NamedTuple):
     transposed: bool = False
 
 
-def hf_architecture(config: ModelConfig) -> str | None:
-    """ "llama", "qwen3" or "gpt2" when that format holds the model exactly, else None."""
-    modern = config.norm == "rmsnorm" and config.position_embedding == "rotary" and config.activation == "swiglu"
-    if modern and not config.qk_norm:
-        return "llama"
-    if modern and not config.bias:
-        return "qwen3"
-    classic = config.norm == "layernorm" and config.position_embedding == "learned" and config.activation == "gelu"
-    plain_heads = (
-        config.num_key_value_heads == config.num_attention_heads
-        and config.head_dim * config.num_attention_heads == config.hidden_size
-    )
-    if classic and config.bias and config.tie_word_embeddings and not config.qk_norm and plain_heads:
-        return "gpt2"
-    return None
-
-
 def _projection(hf: str, native: tuple[str, ...], bias: bool, transposed: bool = False) -> Iterator[Key]:
     yield Key(f"{hf}.weight", tuple(f"{name}.weight" for name in native), transposed)
     if bias:
@@ -54,10 +43,9 @@ def _projection(hf: str, native: tuple[str, ...], bias: bool, transposed: bool =
 
 
 def key_table(config: ModelConfig) -> list[Key]:
-    """Every tensor of the model's Hugging Face format, in layer order. Raises ConfigError where no format holds it."""
-    architecture = require_architecture(config)
+    """Every tensor of the model's Hugging Face format, in layer order."""
     keys: list[Key] = []
-    if architecture == "gpt2":
+    if config.export_format == "gpt2":
         keys += [Key("transformer.wte.weight", ("embed_tokens.weight",))]
         keys += [Key("transformer.wpe.weight", ("embed_positions.weight",))]
         for i in range(config.num_hidden_layers):
@@ -86,19 +74,6 @@ def key_table(config: ModelConfig) -> list[Key]:
     if not config.tie_word_embeddings:
         keys += [Key("lm_head.weight", ("lm_head.weight",))]
     return keys
-
-
-def require_architecture(config: ModelConfig) -> str:
-    architecture = hf_architecture(config)
-    if architecture is None:
-        raise ConfigError(
-            "no Hugging Face format holds this combination of model settings",
-            seen=f"norm={config.norm} position_embedding={config.position_embedding} activation={config.activation} "
-            f"bias={config.bias} qk_norm={config.qk_norm} tie_word_embeddings={config.tie_word_embeddings}",
-            do="llama: rmsnorm, rotary, swiglu; qwen3: the same with qk_norm and no bias; gpt2: layernorm, learned, "
-            "gelu, bias, tied, no grouped heads",
-        )
-    return architecture
 
 
 def to_hf(config: ModelConfig, tensor: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -142,7 +117,7 @@ def _row_counts(config: ModelConfig, key: Key, value: Tensor) -> list[int]:
 
 def hf_config(config: ModelConfig, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
     """config.json of the exported model."""
-    architecture = require_architecture(config)
+    architecture = config.export_format
     common = {
         "architectures": [ARCHITECTURES[architecture]],
         "model_type": architecture,
@@ -154,6 +129,8 @@ def hf_config(config: ModelConfig, bos_id: int | None, eos_id: int | None) -> di
         "torch_dtype": "float32",
         "use_cache": True,
     }
+    if architecture == "dsgpt":
+        return common | {"format_version": FORMAT_VERSION, "model": config.model_dump(mode="json")}
     if architecture == "gpt2":
         return common | {
             "n_embd": config.hidden_size,

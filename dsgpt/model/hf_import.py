@@ -1,4 +1,5 @@
-"""Reading Hugging Face folders: config.json into a `ModelConfig`, safetensors into native tensors.
+"""Reading Hugging Face folders, and dsgpt's own of the same layout: config.json into a `ModelConfig`, safetensors into
+native tensors.
 
 Every key of config.json is either used, known to change nothing, or at its harmless value; anything else is refused by
 name, so an import never computes something else silently. Only safetensors are read: nothing in them can execute.
@@ -11,12 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
 from dsgpt.config import ModelConfig
 from dsgpt.errors import ConfigError, Problem
-from dsgpt.model.hf_format import ARCHITECTURES, from_hf
+from dsgpt.model.gpt import GPT
+from dsgpt.model.hf_format import ARCHITECTURES, FORMAT_VERSION, from_hf
 
 # Describe the file, its tokenizer, its writer or generation, not the mathematics of training.
 _NEUTRAL = {
@@ -70,6 +74,8 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
         raise ConfigError(
             "this architecture is not implemented", seen=f"model_type={kind!r}", do=f"one of {', '.join(ARCHITECTURES)}"
         )
+    if kind == "dsgpt":
+        return _own(raw, path)
     problems = []
     for key, value in raw.items():
         if key in _NEUTRAL or key in _USED[kind] or key.startswith("summary_"):
@@ -86,6 +92,19 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
     if problems:
         raise ConfigError(problems=problems)
     return _gpt2(raw) if kind == "gpt2" else _llama(raw, qk_norm=kind == "qwen3")
+
+
+def _own(raw: Mapping[str, Any], path: Path) -> ModelConfig:
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise ConfigError(
+            "this export is of another version of dsgpt's format",
+            seen=f"{path}: format_version={raw.get('format_version')!r}, this dsgpt reads {FORMAT_VERSION}",
+            do="install the dsgpt that wrote it, or export the checkpoint again",
+        )
+    try:
+        return ModelConfig.model_validate(raw.get("model"))
+    except ValidationError as error:
+        raise ConfigError("the export's config.json is damaged", seen=f"{path}: {error}") from error
 
 
 def _gpt2(raw: Mapping[str, Any]) -> ModelConfig:
@@ -137,7 +156,10 @@ def _llama(raw: Mapping[str, Any], qk_norm: bool) -> ModelConfig:
 
 
 def read_hf_weights(folder: str | Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Native tensors from the folder's safetensors, whole or sharded, in the files' precision, mapped lazily."""
+    """Native tensors from the folder's safetensors, whole or sharded, in the files' precision, mapped lazily.
+
+    In dsgpt's own format they include running statistics. Raises ConfigError naming every tensor that is not right.
+    """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise ConfigError(
@@ -147,4 +169,17 @@ def read_hf_weights(folder: str | Path, config: ModelConfig) -> dict[str, Tensor
     for file in files:
         with safe_open(file, framework="pt") as opened:
             tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
-    return from_hf(config, tensors)
+    if config.export_format != "dsgpt":
+        return from_hf(config, tensors)
+    with torch.device("meta"):
+        expected = {name: value.shape for name, value in GPT(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    problems = [
+        Problem(f"the export does not fit its config.json: {name}", seen=f"{found}, expected {wanted}")
+        for name in sorted(expected.keys() | tensors.keys())
+        if (found := tensors[name].shape if name in tensors else None) != (wanted := expected.get(name))
+    ]
+    if problems:
+        raise ConfigError(problems=problems)
+    return tensors

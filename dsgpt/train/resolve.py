@@ -19,6 +19,12 @@ from dsgpt.errors import ConfigError, DataError, Problem
 from dsgpt.planning import parameter_count, resolve_auto
 from dsgpt.units import format_count
 
+EXPORTS = {
+    "llama": "Hugging Face llama",
+    "qwen3": "Hugging Face qwen3",
+    "gpt2": "Hugging Face gpt2",
+    "dsgpt": "dsgpt's own format (no Hugging Face architecture has this combination of model settings)",
+}
 # What makes two starts the same run. Everything else may change when a run is resumed.
 IDENTITY_KEYS = ("model", "run.seed", "training.seq_length", "training.global_batch_size", "data.document_mask")
 
@@ -61,6 +67,7 @@ class ResolvedRun:
                 f"{format_count(per_step)} tokens per step",
                 f"length     {self.max_steps} steps = {format_count(self.max_steps * per_step)} tokens = {epochs:.2f} epochs "
                 f"of {format_count(self.num_samples)} sequences",
+                f"exports to {EXPORTS[self.model.export_format]}",
                 f"device     {self.device}, {t.dtype}, deepspeed {self.config.deepspeed} (ZeRO "
                 f"{self.deepspeed.get('zero_optimization', {}).get('stage', 0)})",
                 *self.notes,
@@ -99,12 +106,6 @@ def resolve_run(
     config, notes = resolve_auto(
         config, world_size=world_size, device=device, gpu_memory_bytes=gpu_memory_bytes, bf16=bf16
     )
-    if config.training.dtype == "fp16":
-        raise ConfigError(
-            "fp16 is not supported yet: its loss scale would not be carried over a resume",
-            seen="training.dtype=fp16",
-            do="training.dtype=bf16 where the GPU has it, else training.dtype=fp32",
-        )
     config.training.gradient_accumulation_steps(world_size)
     max_steps = config.training.num_steps(num_samples)
     return ResolvedRun(
