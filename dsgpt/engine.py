@@ -2,7 +2,7 @@
 
 Floors above see parameters by name and flat ranges of fp32 values, never DeepSpeed's own structures, so a checkpoint
 does not depend on the ZeRO stage. Everything here that reaches into DeepSpeed's internals is pinned to the versions in
-setup.cfg and covered by tests/test_engine.py for stages 0-3.
+setup.cfg and covered by tests/test_engine.py for stages 0-3, with and without offload.
 
 Trade-off: gradients are divided by the step's number of target tokens through the loss handed to `backward` (times the
 world size, because DeepSpeed averages over ranks), not by DeepSpeed's own accumulation scaling, which assumes that every
@@ -15,17 +15,18 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor, nn
 
 from dsgpt.distributed import World
-from dsgpt.errors import ConfigError, DsgptError, NumericalError
+from dsgpt.errors import DsgptError, NumericalError
+from dsgpt.loss_scale import LossScale
+from dsgpt.model.batch_norm import BatchNorm
 
 MASTER = "master"
 
@@ -41,10 +42,16 @@ class Fragment:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`gradient_norm` is the global norm before clipping; `applied` is False when the step was left out."""
+    """`gradient_norm` is the global norm before clipping; `applied` is False when the step was left out.
+
+    Under fp16 `loss_scale` is what this step's loss was multiplied by; `overflow` says that the step was left out because
+    the gradients did not fit in fp16 at that scale, and that a lower one is left to try.
+    """
 
     gradient_norm: float
     applied: bool
+    loss_scale: float | None = None
+    overflow: bool = False
 
 
 def prepare_process() -> None:
@@ -79,20 +86,23 @@ class Engine:
     ):
         self.world = world
         self.stage: int = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
-        half = [name for name in ("bf16", "fp16") if deepspeed_config.get(name, {}).get("enabled")]
-        if self.stage == 0 and half:
-            raise ConfigError(
-                "ZeRO stage 0 accumulates gradients in low precision",
-                seen=f"deepspeed stage 0 with {half[0]}",
-                do="deepspeed=zero1 (same memory on one GPU, fp32 accumulation), or training.dtype=fp32",
-            )
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                module.sum_over_ranks = world.sum_in_place
+        buffer_types = {name: buffer.dtype for name, buffer in model.named_buffers()}
         self._engine, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=dict(deepspeed_config), dist_init_required=False
         )
         self.module: nn.Module = self._engine.module
         self._optimizer = self._engine.optimizer
+        self._loss_scale = (
+            LossScale(self._optimizer.loss_scaler) if deepspeed_config.get("fp16", {}).get("enabled") else None
+        )
         # Shared (tied) parameters appear once, under their first name.
         self._parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        for name, buffer in self.module.named_buffers():
+            buffer.data = buffer.data.to(buffer_types[name])  # DeepSpeed casts running statistics to bf16 with the rest
+        self._buffers_before = self._copy_buffers()
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
@@ -115,12 +125,36 @@ class Engine:
         """Clip and apply the accumulated gradients. A step whose gradients are not finite is left out on all ranks."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("learning_rate_scale", 1.0)
-        if self.stage == 0:
-            return self._step_without_zero()
+        result = self._apply()
+        if self._loss_scale is not None:
+            overflow = not result.applied and self._loss_scale.can_be_lowered
+            result = replace(result, loss_scale=self._loss_scale.value, overflow=overflow)
+            self._loss_scale.after_step(overflow=not result.applied)
+        return result
+
+    def _apply(self) -> StepResult:
+        result = self._step_without_zero() if self.stage == 0 else self._step_with_zero()
+        if result.applied:
+            self._buffers_before = self._copy_buffers()
+        else:
+            self.load_buffers(self._buffers_before)
+        return result
+
+    def _step_with_zero(self) -> StepResult:
         skipped = self._engine.skipped_steps
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return StepResult(float(norm if norm is not None else "nan"), self._engine.skipped_steps == skipped)
+        applied = self._engine.skipped_steps == skipped
+        if not applied:
+            self._forget_gradients()
+        return StepResult(float(norm if norm is not None else "nan"), applied)
+
+    def _forget_gradients(self) -> None:
+        """Some of what DeepSpeed keeps of a step that was left out would be added to the next one, or fail its check."""
+        if self.stage == 3:
+            self._optimizer.grad_partitions_flat_buffer.zero_()
+        elif self._offloaded:
+            self._optimizer.averaged_gradients.clear()
 
     def _step_without_zero(self) -> StepResult:
         """Stage 0 has no finite check of its own: look at the (already averaged) gradients first."""
@@ -133,13 +167,15 @@ class Engine:
         return StepResult(norm, applied=True)
 
     def discard(self) -> StepResult:
-        """Leave the accumulated step out on all ranks: weights, moments and the optimizer's step count stay.
+        """Leave the accumulated step out on all ranks: weights, moments, the optimizer's step count and loss scale stay.
 
-        DeepSpeed clears everything of a step whose gradients are not finite, at every stage; so they are made that.
+        DeepSpeed clears everything of a step whose gradients are not finite, at every stage; so they are made that. With
+        the optimizer in host memory it looks at norms taken during the backward pass instead.
         """
-        for gradient in self._gradients():
-            gradient.fill_(math.nan)
-        return StepResult(math.nan, applied=self.step(learning_rate=0.0).applied)
+        norms = getattr(self._optimizer, "norm_for_param_grads", {})
+        for value in (*self._gradients(), *norms.values()):
+            value.fill_(math.nan)
+        return replace(self._apply(), gradient_norm=math.nan, loss_scale=self._loss_scale and self._loss_scale.value)
 
     def _gradients(self) -> list[Tensor]:
         """This rank's accumulated gradients, between the last backward of a step and `step`."""
@@ -147,8 +183,8 @@ class Engine:
             return [p.grad for p in self._parameters.values() if p.grad is not None]
         if hasattr(self._optimizer, "fp32_groups_gradient_flat_partition"):
             return list(self._optimizer.fp32_groups_gradient_flat_partition)
-        if self.stage in (1, 2) and self._optimizer.cpu_offload:
-            return [flat.grad for flat in self._optimizer.single_partition_of_fp32_groups if flat.grad is not None]
+        if self._offloaded:
+            return [flat.grad for flat in self._flat_partitions() if flat.grad is not None]
         groups = [group for group in self._optimizer.averaged_gradients.values() if group is not None]
         return [gradient for group in groups for gradient in group]
 
@@ -167,19 +203,32 @@ class Engine:
         What does not fit in memory fails here, in the first minute, and the state has somewhere to be loaded into.
         """
         self._engine.train()
+        buffers = self._copy_buffers()
         micro_steps = min(2, self.gradient_accumulation_steps)
         num_targets = float(batch["labels"].numel() * self.world.size * micro_steps)
-        for micro_step in range(micro_steps):
-            self.forward_backward(batch, num_targets, last=micro_step == micro_steps - 1)
-        if not self.step(learning_rate=0.0).applied:
-            raise NumericalError("the trial step on random tokens has gradients that are not finite", do="report this")
+        # At its initial value the loss scale is too high on purpose.
+        with self._loss_scale.switched_off() if self._loss_scale else contextlib.nullcontext():
+            for micro_step in range(micro_steps):
+                self.forward_backward(batch, num_targets, last=micro_step == micro_steps - 1)
+            if not self.step(learning_rate=0.0).applied:
+                raise NumericalError(
+                    "the trial step on random tokens has gradients that are not finite", do="report this"
+                )
         self.evaluate(batch)
         self._engine.micro_steps = self._engine.global_steps = self._engine.skipped_steps = 0
         self._engine.global_samples = 0
-        for state in self._torch_optimizer.state.values():
-            for value in state.values():
-                if torch.is_tensor(value):
-                    value.zero_()
+        self.load(lambda fragment, kind: torch.zeros(()), self.state_kinds[1:], optimizer_steps=0)
+        self.load_buffers(buffers)
+
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        """DeepSpeed's numbers behind fp16's loss scale, `cur_scale` among them, to be saved; None where not fp16."""
+        return None if self._loss_scale is None else self._loss_scale.numbers
+
+    @loss_scale.setter
+    def loss_scale(self, numbers: Mapping[str, float]) -> None:
+        if self._loss_scale is not None:
+            self._loss_scale.restore(numbers)
 
     # ---- partitioned state ---------------------------------------------------------------------------------------
 
@@ -217,33 +266,55 @@ class Engine:
         return owned
 
     def read(self, fragment: Fragment, kind: str) -> Tensor:
-        """This rank's fp32 values of a fragment, one-dimensional; a view where DeepSpeed's layout allows it."""
+        """This rank's fp32 values of a fragment, one-dimensional: a view, or a copy of what lies on NVMe."""
+        with self._in_memory(self._place(fragment)[0]) as swapped:
+            values = self._view(fragment, kind)
+            return values.clone() if swapped else values
+
+    def _place(self, fragment: Fragment) -> tuple[int, int]:
+        """Which of the flat partitions holds a fragment, and from which element; at stage 0 each parameter is its own."""
         parameter = self._parameters[fragment.name]
         if self.stage == 0:
-            whole = parameter.data if kind == MASTER else self._optimizer.state[parameter][kind]
-            return whole.flatten().narrow(0, fragment.start, fragment.numel)
+            return 0, fragment.start
         if self.stage == 3:
-            local = (
-                safe_get_local_fp32_param(parameter)
-                if kind == MASTER
-                else safe_get_local_optimizer_state(parameter, kind)
-            )
-            return local.flatten()[: fragment.numel]
-        # Not get_hp_fragment(kind): with several parameter groups DeepSpeed links optimizer states after the first group's
-        # step, when the other groups have none yet, and never again.
-        mapping = parameter._hp_mapping
-        flat = self._flat_partitions()[mapping.param_group_index]
+            group, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+            return group, offset
+        return parameter._hp_mapping.param_group_index, parameter._hp_mapping.hp_fragment_address.start
+
+    def _view(self, fragment: Fragment, kind: str) -> Tensor:
+        """The memory of a fragment's values.
+
+        Not DeepSpeed's get_hp_fragment(kind): with several parameter groups it links optimizer states after the first
+        group's step, when the other groups have none yet, and never again.
+        """
+        group, offset = self._place(fragment)
+        flat = self._parameters[fragment.name] if self.stage == 0 else self._flat_partitions()[group]
         whole = flat if kind == MASTER else self._torch_optimizer.state[flat][kind]
-        return whole.data.narrow(0, mapping.hp_fragment_address.start, fragment.numel)
+        return whole.data.view(-1).narrow(0, offset, fragment.numel)
+
+    @contextlib.contextmanager
+    def _in_memory(self, group: int, write: bool = False) -> Iterator[bool]:
+        """Bring one flat partition and its moments in from NVMe, where they lie there, and with `write` back again."""
+        optimizer = self._optimizer
+        swapped = getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(group)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(group)
+        yield swapped
+        if swapped:
+            (optimizer._optimizer_states_and_gradient_swap_out if write else optimizer._release_swap_buffers)(group)
 
     def _flat_partitions(self) -> list[Tensor]:
-        """This rank's fp32 masters at stages 1-2, one flat tensor per parameter group.
+        """This rank's fp32 masters at stages 1-3, one flat tensor per parameter group (at stage 3 per sub-group).
 
-        With bf16, fp32 gradient accumulation and stage 1 DeepSpeed uses another optimizer class with other names.
+        DeepSpeed has three optimizer classes for them: stage 3; stage 1 in bf16 with fp32 sums; the other cases of 1 and 2.
         """
-        if hasattr(self._optimizer, "fp32_groups_flat_partition"):
-            return self._optimizer.fp32_groups_flat_partition
-        return self._optimizer.single_partition_of_fp32_groups
+        names = ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups")
+        return next(getattr(self._optimizer, name) for name in names if hasattr(self._optimizer, name))
+
+    @property
+    def _offloaded(self) -> bool:
+        """Whether optimizer state and step are in host memory or on NVMe."""
+        return any(getattr(self._optimizer, name, False) for name in ("offload_optimizer", "cpu_offload"))
 
     def load(self, source: Callable[[Fragment, str], Tensor], kinds: tuple[str, ...], optimizer_steps: int) -> None:
         """Fill this rank's fragments from `source(fragment, kind)`, then refresh the working copies on all ranks.
@@ -253,8 +324,9 @@ class Engine:
         error = None
         try:
             for fragment in self.fragments() if self.stage != 0 else self._whole_parameters():
-                for kind in kinds:
-                    self._view(fragment, kind).copy_(source(fragment, kind))
+                with self._in_memory(self._place(fragment)[0], write=True):
+                    for kind in kinds:
+                        self._view(fragment, kind).copy_(source(fragment, kind))
         except DsgptError as problem:
             error = problem
         self.world.agree(error, "reading the checkpoint")  # before the collectives below
@@ -263,19 +335,21 @@ class Engine:
                 state["step"].fill_(optimizer_steps)
         self._refresh_working_copies()
 
+    def buffers(self) -> dict[str, Tensor]:
+        """What the model carries beside its parameters (running statistics); the same on every rank."""
+        return dict(self.module.named_buffers())
+
+    def _copy_buffers(self) -> dict[str, Tensor]:
+        return {name: buffer.clone() for name, buffer in self.buffers().items()}
+
+    def load_buffers(self, values: Mapping[str, Tensor]) -> None:
+        for name, buffer in self.buffers().items():
+            buffer.copy_(values[name])
+        self._buffers_before = self._copy_buffers()
+
     def _whole_parameters(self) -> list[Fragment]:
         """Stage 0 saves a slice of each parameter per rank, but every rank holds and must load all of it."""
         return [Fragment(name, 0, p.numel()) for name, p in self._parameters.items()]
-
-    def _view(self, fragment: Fragment, kind: str) -> Tensor:
-        """Writable memory behind `read`."""
-        parameter = self._parameters[fragment.name]
-        if self.stage == 3:
-            group, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
-            flat = self._optimizer.fp32_partitioned_groups_flat[group]
-            whole = flat if kind == MASTER else self._optimizer.optimizer.state[flat][kind]
-            return whole.data.narrow(0, offset, fragment.numel)
-        return self.read(fragment, kind).data.view(-1)
 
     def _refresh_working_copies(self) -> None:
         """Make the weights used in the forward pass equal to the fp32 masters, as after an optimizer step."""
@@ -284,10 +358,12 @@ class Engine:
         elif self.stage == 3:
             self._optimizer._partition_all_parameters()
             for sub_group in range(len(self._optimizer.fp16_groups)):
-                self._optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+                with self._in_memory(sub_group):
+                    self._optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
             persistent = self._optimizer.persistent_parameters
             if persistent:
                 persistent[0].all_gather(persistent)
+            self._optimizer.invalidate_secondary_tensor()  # the copy of the weights within a node (hpZ)
 
     def full_parameter(self, name: str) -> Tensor:
         """The whole fp32 master of a parameter on every rank (a collective; tests and small models)."""

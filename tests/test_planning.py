@@ -150,7 +150,7 @@ def test_auto_keeps_what_is_set() -> None:
 
 def test_old_gpus_get_fp16_and_small_ones_get_more_partitioning() -> None:
     config = load_config(["gpt-6.7b"]).config
-    assert resolve_auto(config, world_size=8, device="cuda", bf16=False)[0].training.dtype == "fp32"
+    assert resolve_auto(config, world_size=8, device="cuda", bf16=False)[0].training.dtype == "fp16"
     chosen = [
         resolve_auto(config, world_size=8, device="cuda", gpu_memory_bytes=size * GIB)[0].deepspeed
         for size in (141, 80, 40, 16)

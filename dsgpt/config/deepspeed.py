@@ -178,9 +178,12 @@ def _fill_defaults(filled: dict[str, Any], dtype: str, stage: int) -> None:
     filled.setdefault("zero_allow_untested_optimizer", True)  # sgd is not in DeepSpeed's list
     filled.setdefault("zero_force_ds_cpu_optimizer", False)  # dsgpt passes torch's optimizer, also under offload
     types = filled.setdefault("data_types", {})
-    # Sums of many bf16 micro-batches lose their small terms; stage 0 has no fp32 buffer for them.
-    if isinstance(types, dict) and types.get("grad_accum_dtype", "auto") == "auto" and dtype == "bf16" and stage > 0:
+    # Sums of many micro-batches in 16 bits lose their small terms; stage 0 has no fp32 buffer for them.
+    if isinstance(types, dict) and types.get("grad_accum_dtype", "auto") == "auto" and dtype != "fp32" and stage > 0:
         types["grad_accum_dtype"] = "fp32"
+    # So does a sum over many ranks; DeepSpeed would round to 16 bits before it adds.
+    if dtype != "fp32" and stage > 0 and filled.get("communication_data_type", "auto") == "auto":
+        filled["communication_data_type"] = "fp32"
     zero = filled.get("zero_optimization")
     if stage == 3 and isinstance(zero, dict) and zero.get("memory_efficient_linear", "auto") == "auto":
         zero["memory_efficient_linear"] = False  # its gradients are wrong together with activation checkpointing
@@ -206,6 +209,10 @@ def _check_meaning(filled: dict[str, Any], world_size: int, dtype: str, stage: i
         if device in ("cpu", "nvme") and stage < lowest:
             what = f"{here} to {device} needs ZeRO stage {lowest} or more"
             problems.append(Problem(what, f"stage {stage}", "raise the stage or remove the section"))
+    if stage == 0 and dtype != "fp32":
+        what = f"ZeRO stage 0 would sum gradients in {dtype}"
+        do = "deepspeed=zero1 (the same memory on one GPU, sums in fp32), or training.dtype=fp32"
+        problems.append(Problem(what, f"training.dtype={dtype}, stage 0", do))
     types = filled.get("data_types")
     sums = types.get("grad_accum_dtype", "auto") if isinstance(types, dict) else "auto"
     if stage == 0 and sums not in ("auto", dtype):

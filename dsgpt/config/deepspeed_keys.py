@@ -18,9 +18,6 @@ _OFFLOAD_OPTIMIZER: dict[str, Kind] = {
     "pipeline_read": "bool",
     "pipeline_write": "bool",
     "fast_init": "bool",
-    "ratio": "number",
-    "super_offload": "bool",
-    "cpuadam_cores_perc": "number",
 }
 
 _OFFLOAD_PARAM: dict[str, Kind] = {
@@ -70,9 +67,6 @@ ZERO: dict[str, Kind] = {
 BF16: dict[str, Kind] = {
     "enabled": "bool",
     "immediate_grad_update": "bool",
-    "check_grad_overflow": "bool",
-    "bf16_master_weights_and_grads": "bool",
-    "bf16_optimizer_states": "bool",
 }
 
 FP16: dict[str, Kind] = {
@@ -84,7 +78,6 @@ FP16: dict[str, Kind] = {
     "hysteresis": "int",
     "consecutive_hysteresis": "bool",
     "min_loss_scale": "int",
-    "fp16_master_weights_and_grads": "bool",
 }
 
 TOP_LEVEL: dict[str, Kind] = {
@@ -121,7 +114,16 @@ TOP_LEVEL: dict[str, Kind] = {
 }
 
 # What DeepSpeed would accept but a run says elsewhere, or does not do: key -> remedy.
+_FP32_STATE = "remove it: weights and moments are kept in fp32, also in checkpoints"
+_WHOLE_OFFLOAD = "remove it: the whole optimizer is offloaded, and torch's AdamW runs it"
 OWNED_BY_THE_RUN = {
+    "bf16.check_grad_overflow": "remove it: a step whose gradients are not finite is always left out",
+    "bf16.bf16_master_weights_and_grads": _FP32_STATE,
+    "bf16.bf16_optimizer_states": _FP32_STATE,
+    "fp16.fp16_master_weights_and_grads": _FP32_STATE,
+    "zero_optimization.offload_optimizer.ratio": _WHOLE_OFFLOAD,
+    "zero_optimization.offload_optimizer.super_offload": _WHOLE_OFFLOAD,
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": _WHOLE_OFFLOAD,
     "optimizer": "remove it: the run's `optimizer` section says this, and torch's own optimizer is used",
     "scheduler": "remove it: the run's `optimizer.lr_schedule` says this",
     "activation_checkpointing": "remove it: set `training.activation_checkpointing`",

@@ -239,9 +239,7 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Check:
 
 def compiler() -> Check:
     found = next((path for path in map(shutil.which, ("c++", "g++", "clang++")) if path), None)
-    return Check(
-        "C++ compiler", "ok", f"{found or 'none'}; not needed unless a config offloads the optimizer to the CPU"
-    )
+    return Check("C++ compiler", "ok", f"{found or 'none'}; not needed unless a config offloads to NVMe")
 
 
 def slurm(environment: Mapping[str, str]) -> Check:

@@ -27,18 +27,18 @@ from dsgpt.config import to_yaml
 from dsgpt.data.dataset import BlockDataset, SampleOrder
 from dsgpt.distributed import World
 from dsgpt.engine import Engine, construct
-from dsgpt.errors import CheckpointError, ConfigError, LockedError, NumericalError, Preempted, SaveError
+from dsgpt.errors import CheckpointError, ConfigError, LockedError, Preempted, SaveError
 from dsgpt.evaluate import Evaluation, evaluate_split
 from dsgpt.model.gpt import GPT
 from dsgpt.model.recompute import apply_activation_checkpointing
 from dsgpt.optimizer import build_optimizer, learning_rate
 from dsgpt.process import StopRequest
+from dsgpt.train.left_out import LeftOutSteps
 from dsgpt.train.resolve import ResolvedRun, check_same_run
 from dsgpt.train.state import RunLog, TrainState, write_atomically
-from dsgpt.train.step import StepLoader, StepReport, is_bad, largest_micro_batch, train_step
+from dsgpt.train.step import StepLoader, StepReport, largest_micro_batch, train_step
 from dsgpt.units import format_bytes, format_count, format_seconds
 
-MAX_CONSECUTIVE_BAD_STEPS = 5
 MAX_CONSECUTIVE_FAILED_SAVES = 3
 
 
@@ -77,7 +77,9 @@ def train(plan: ResolvedRun, world: World, stop: StopRequest) -> TrainState:
         _resume(run, checkpoint)
         _set_later_steps_aside(run, checkpoint)
     elif plan.config.model.init_from != "scratch":
-        run.engine.load(initial_weights(plan.config.model.init_from, plan.model), ("master",), 0)
+        weights = initial_weights(plan.config.model.init_from, plan.model)
+        run.engine.load(weights.read, ("master",), 0)
+        run.engine.load_buffers(weights.buffers)
     _write_resolved(run, changes)
     if run.state.step >= plan.max_steps:
         log.event("finished", f"step {run.state.step} of {plan.max_steps} is reached already: nothing to train")
@@ -215,12 +217,24 @@ def _resume(run: Run, checkpoint: Path) -> None:
             do="restore these, or start another run with model.init_from=checkpoint:" + str(checkpoint),
         )
     load_state(run.engine, reader)
+    if reader.manifest.get("loss_scale"):
+        run.engine.loss_scale = reader.manifest["loss_scale"]
+    elif run.engine.loss_scale:
+        was, scale = reader.manifest.get("dtype"), _loss_scale(run)
+        run.log.event(
+            "loss_scale_reset", f"the checkpoint is {was} and has no loss scale: starting at {scale:g}", new=scale
+        )
     run.state = TrainState(**reader.manifest["counters"])
     run.last_committed = run.state.step
     text = f"continuing from step {run.state.step} ({checkpoint})"
     if run.plan.config.model.init_from != "scratch":
         text += f"; model.init_from={run.plan.config.model.init_from} is ignored"
     run.log.event("resumed", text, step=run.state.step)
+
+
+def _loss_scale(run: Run) -> float | None:
+    numbers = run.engine.loss_scale
+    return None if numbers is None else numbers["cur_scale"]
 
 
 def _data_identity(run: Run) -> dict[str, Any]:
@@ -240,7 +254,7 @@ def _run_steps(run: Run) -> None:
     training, seed = plan.config.training, plan.config.run.seed
     order = SampleOrder(run.dataset.num_samples, seed, run.plan.dataset.fingerprint)
     loader = StepLoader(run.dataset, order, world, training.global_batch_size, training.micro_batch_size_per_gpu)
-    meter, bad_steps = Meter(), 0
+    meter, left_out = Meter(), LeftOutSteps(run.log)
     try:
         while state.step < plan.max_steps:
             lr = learning_rate(plan.config.optimizer, state.step, plan.max_steps)
@@ -255,7 +269,7 @@ def _run_steps(run: Run) -> None:
             if meter.steps == 0:
                 run.log.event("first_step", step=state.step, loss=report.loss)
             meter.count(training.tokens_per_step)
-            bad_steps = _check_numbers(run, report, bad_steps)
+            left_out.check(report, state.step, run.last_committed, _loss_scale(run))
             last = state.step == plan.max_steps
             if state.step % plan.config.logging.log_interval == 0 or last or state.step == 1:
                 _log_step(run, report, lr, meter)
@@ -276,25 +290,6 @@ def _run_steps(run: Run) -> None:
         run.log.event("finished", f"finished: step {state.step}", **state.counters())
     finally:
         loader.close()
-
-
-def _check_numbers(run: Run, report: StepReport, bad_steps: int) -> int:
-    """Count steps with non-finite loss or gradients. Their update is left out; learning rate and data move on.
-
-    Raises NumericalError after five in a row.
-    """
-    if not is_bad(report):
-        return 0
-    step = run.state.step
-    text = f"warning: step {step} left out: loss {report.loss}, gradient norm {report.gradient_norm}"
-    run.log.event("bad_step", text, step=step, loss=str(report.loss), gradient_norm=str(report.gradient_norm))
-    if bad_steps + 1 >= MAX_CONSECUTIVE_BAD_STEPS:
-        raise NumericalError(
-            f"the loss or the gradients are not finite ({bad_steps + 1} steps in a row)",
-            seen=f"step {step}: loss {report.loss}, gradient norm {report.gradient_norm}",
-            do=f"lower optimizer.learning_rate and start again: it continues from step {max(run.last_committed, 0)}",
-        )
-    return bad_steps + 1
 
 
 class Meter:
@@ -326,6 +321,7 @@ def _log_step(run: Run, report: StepReport, lr: float, meter: Meter) -> None:
         loss=report.loss,
         learning_rate=lr,
         gradient_norm=report.gradient_norm,
+        **({} if report.loss_scale is None else {"loss_scale": report.loss_scale}),
         tokens_per_second=rate,
         consumed_samples=state.consumed_samples,
         consumed_tokens=state.consumed_tokens,
@@ -391,5 +387,6 @@ def _manifest(run: Run) -> dict[str, Any]:
         "world_size": run.world.size,
         "zero_stage": run.engine.stage,
         "dtype": run.plan.config.training.dtype,
+        "loss_scale": run.engine.loss_scale,
         "versions": {"dsgpt": dsgpt.__version__, "torch": torch.__version__, "deepspeed": version("deepspeed")},
     }

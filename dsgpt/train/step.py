@@ -24,7 +24,10 @@ _MASK_64 = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did. `loss` is in nats per target token over all ranks; `data_crc` identifies what was read."""
+    """What one step did. `loss` is in nats per target token over all ranks; `data_crc` identifies what was read.
+
+    `applied`, `loss_scale` and `overflow` are the engine's (StepResult).
+    """
 
     loss: float
     gradient_norm: float
@@ -32,6 +35,8 @@ class StepReport:
     applied: bool
     stop: bool
     data_crc: int
+    loss_scale: float | None = None
+    overflow: bool = False
 
 
 class StepLoader:
@@ -93,11 +98,16 @@ def train_step(
         loss_sum += engine.forward_backward(to_tensors(arrays, world.device), targets, last)
     total, stops, crcs = world.sum(float(loss_sum), float(stop), float(crc))
     result = engine.step(lr) if math.isfinite(total) else engine.discard()
-    return StepReport(total / targets, result.gradient_norm, int(targets), result.applied, stops > 0, int(crcs))
-
-
-def is_bad(report: StepReport) -> bool:
-    return not (report.applied and math.isfinite(report.loss) and math.isfinite(report.gradient_norm))
+    return StepReport(
+        total / targets,
+        result.gradient_norm,
+        int(targets),
+        result.applied,
+        stops > 0,
+        int(crcs),
+        result.loss_scale,
+        result.overflow,
+    )
 
 
 def largest_micro_batch(vocab_size: int, seq_length: int, micro_batch: int, device: torch.device) -> Batch:

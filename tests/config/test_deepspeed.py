@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsgpt.config import RunConfig, check_deepspeed, fill_deepspeed, load_config, shipped_folder, zero_kind
 from dsgpt.config import deepspeed_keys as keys
@@ -51,8 +52,10 @@ def test_the_shipped_deepspeed_configs_are_these() -> None:
     ]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("name", SHIPPED)
+CASES = [(name, dtype) for name in SHIPPED for dtype in ("bf16", "fp16", "fp32") if name != "zero0" or dtype == "fp32"]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_deepspeed_itself_reads_what_we_fill_in(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.runtime import config as theirs
 
@@ -66,7 +69,8 @@ def test_deepspeed_itself_reads_what_we_fill_in(name: str, dtype: str, monkeypat
     assert parsed.gradient_clipping == 1.0
     assert parsed.bfloat16_config.enabled == (dtype == "bf16")
     assert parsed.float16_config.enabled == (dtype == "fp16")
-    assert parsed.grad_accum_dtype == ("fp32" if dtype == "bf16" and name != "zero0" else None)
+    assert parsed.grad_accum_dtype == (None if dtype == "fp32" else "fp32")
+    assert parsed.communication_data_type == (None if dtype == "fp32" else torch.float32)
     assert parsed.zero_force_ds_cpu_optimizer is False
     assert parsed.optimizer_name is None and parsed.scheduler_name is None
     stage, offload_optimizer, offload_param, _ = zero_kind(name)
@@ -75,6 +79,12 @@ def test_deepspeed_itself_reads_what_we_fill_in(name: str, dtype: str, monkeypat
     assert offload_param == (name in ("zero3_offload", "zero3_nvme"))
     if stage == 3:
         assert parsed.zero_config.memory_efficient_linear is False
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_stage_0_which_would_sum_gradients_in_16_bits_is_refused(dtype: str) -> None:
+    with pytest.raises(ConfigError, match=f"stage 0 would sum gradients in {dtype}"):
+        fill_deepspeed(resolved("zero0", dtype), world_size=8)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -182,6 +192,11 @@ def test_typos_and_wrong_types_are_listed_at_once(tmp_path: Path) -> None:
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "twice"),
         ('{"zero_optimization": {"stage": "auto"}}', "stage cannot be auto"),
         ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "needs ZeRO stage 3"),
+        ('{"bf16": {"check_grad_overflow": false}}', "always left out"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
+            "whole optimizer",
+        ),
         ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "nvme_path is required"),
         ('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}', "must divide the number of GPUs"),
         ('{"data_types": {"grad_accum_dtype": "fp32"}}', "needs ZeRO stage 1"),
