@@ -22,7 +22,8 @@ from torch import Tensor
 from dsgpt.data.dataset import BlockDataset, collate
 from dsgpt.distributed import World
 from dsgpt.errors import DataError
-from dsgpt.model.gpt import GPT, IGNORE_INDEX, PADDING
+from dsgpt.model.functional import IGNORE_INDEX
+from dsgpt.model.gpt import GPT, PADDING
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]

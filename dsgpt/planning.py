@@ -40,7 +40,7 @@ def _embedding_parameters(model: ModelConfig) -> int:
 
 
 def _norm_parameters(model: ModelConfig) -> int:
-    has_bias = model.bias and model.norm != "rmsnorm"
+    has_bias = model.norm == "batchnorm" or (model.bias and model.norm == "layernorm")
     return model.hidden_size * (2 if has_bias else 1)
 
 

@@ -19,11 +19,15 @@ from dsgpt.errors import ConfigError, Problem
 
 _WORDS = {"bool": "true or false", "int": "a whole number", "number": "a number", "text": "a text", "list": "a list"}
 
+# Elements of a reduce_bucket_size of "auto": a sixteenth of the model between these.
+_SMALLEST_BUCKET, _LARGEST_BUCKET = 1_000_000, 50_000_000
 
-def fill_deepspeed(config: RunConfig, world_size: int) -> dict[str, Any]:
+
+def fill_deepspeed(config: RunConfig, world_size: int, num_parameters: int | None = None) -> dict[str, Any]:
     """The DeepSpeed config of this run on `world_size` GPUs (or CPU ranks), with nothing left as "auto".
 
-    `config` must be resolved (no auto in dtype, micro batch and deepspeed). Raises ConfigError with all problems.
+    `config` must be resolved (no auto in dtype, micro batch and deepspeed). `num_parameters` of the model keeps buffers
+    small for small models. Raises ConfigError with all problems.
     """
     training = config.training
     for key, chosen in (("deepspeed", config.deepspeed), ("training.dtype", training.dtype)):
@@ -44,7 +48,7 @@ def fill_deepspeed(config: RunConfig, world_size: int) -> dict[str, Any]:
         "fp16.enabled": training.dtype == "fp16",
     }.items():
         problems += _fill(filled, key, value)
-    _fill_defaults(filled, training.dtype, stage)
+    _fill_defaults(filled, training.dtype, stage, num_parameters)
     problems += _check_meaning(filled, world_size, training.dtype, stage)
     if problems:
         named = [Problem(f"{path.name}: {problem.what}", problem.seen, problem.do) for problem in problems]
@@ -174,7 +178,7 @@ def _stage(raw: dict[str, Any]) -> int:
     return stage if stage in (0, 1, 2, 3) else 3
 
 
-def _fill_defaults(filled: dict[str, Any], dtype: str, stage: int) -> None:
+def _fill_defaults(filled: dict[str, Any], dtype: str, stage: int, num_parameters: int | None) -> None:
     filled.setdefault("zero_allow_untested_optimizer", True)  # sgd is not in DeepSpeed's list
     filled.setdefault("zero_force_ds_cpu_optimizer", False)  # dsgpt passes torch's optimizer, also under offload
     types = filled.setdefault("data_types", {})
@@ -185,6 +189,10 @@ def _fill_defaults(filled: dict[str, Any], dtype: str, stage: int) -> None:
     if dtype != "fp32" and stage > 0 and filled.get("communication_data_type", "auto") == "auto":
         filled["communication_data_type"] = "fp32"
     zero = filled.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("reduce_bucket_size") == "auto":
+        # DeepSpeed allocates two of them; gradients beyond the bucket are freed while the backward pass still runs.
+        share = _LARGEST_BUCKET if num_parameters is None else num_parameters // 16
+        zero["reduce_bucket_size"] = min(max(share, _SMALLEST_BUCKET), _LARGEST_BUCKET)
     if stage == 3 and isinstance(zero, dict) and zero.get("memory_efficient_linear", "auto") == "auto":
         zero["memory_efficient_linear"] = False  # its gradients are wrong together with activation checkpointing
 

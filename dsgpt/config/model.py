@@ -37,7 +37,7 @@ class _Architecture(Section):
     )
     norm_eps: Real = Field(default=1e-5, gt=0, description="added to the variance before its root")
     activation: Literal["swiglu", "gelu"] = Field(default="swiglu", description="of the MLP; swiglu has a third matrix")
-    bias: Bool = Field(default=False, description="bias vectors in the linear layers, layernorm and batchnorm")
+    bias: Bool = Field(default=False, description="bias vectors in the linear layers and in layernorm")
     qk_norm: Bool = Field(default=False, description="RMSNorm of each head's queries and keys")
     tie_word_embeddings: Bool = Field(default=True, description="the output head shares the input embedding's matrix")
     dropout: Dropout = Field(default=Dropout(), description="dropout probabilities")

@@ -1,6 +1,6 @@
 """Batch normalisation for language models: over the valid tokens of a micro-step, on all ranks.
 
-    BatchNorm(size, eps, bias)(x, MicroStep(valid))
+    BatchNorm(size, eps)(x, MicroStep(valid))
 
 Statistics are measured over micro_batch_size_per_gpu x ranks x T tokens. They are averages over positions, so a token is
 normalised with what later tokens contributed to: the training loss is flattered, evaluation and generation use running
@@ -66,11 +66,12 @@ class BatchNorm(nn.Module):
     torch.nn.BatchNorm1d has them). `sum_over_ranks` adds a tensor up over all ranks in place; set where there are several.
     """
 
-    def __init__(self, size: int, eps: float, bias: bool):
+    def __init__(self, size: int, eps: float):
         super().__init__()
         self.eps, self.momentum = eps, 0.1
         self.weight = nn.Parameter(torch.ones(size))
-        self.register_parameter("bias", nn.Parameter(torch.zeros(size)) if bias else None)
+        # Always there: without it every channel has mean 0, and no logit could say how frequent its token is.
+        self.bias = nn.Parameter(torch.zeros(size))
         self.register_buffer("running_mean", torch.zeros(size))
         self.register_buffer("running_var", torch.ones(size))
         self.sum_over_ranks: Callable[[Tensor], None] = lambda tensor: None
@@ -83,7 +84,7 @@ class BatchNorm(nn.Module):
         else:
             inverse_std = torch.rsqrt(self.running_var + self.eps)
             normed = ((x.float() - self.running_mean) * inverse_std).to(x.dtype)
-        return self.weight * normed if self.bias is None else self.weight * normed + self.bias
+        return self.weight * normed + self.bias
 
     @torch.no_grad()
     def _measure(self, x: Tensor, valid: Tensor | None) -> Statistics:

@@ -23,11 +23,9 @@ from torch import Tensor, nn
 
 from dsgpt.config import ModelConfig
 from dsgpt.model.batch_norm import BatchNorm, MicroStep
+from dsgpt.model.functional import chunked_cross_entropy, rms_norm, rotate, swiglu
 
-IGNORE_INDEX = -100
 PADDING = -1  # the document id of positions that hold no token
-# Elements of one chunk of logits: 128 MiB in fp32 keeps a GPU's matrix units busy, 8 MiB stays near a CPU's cache.
-_LOGIT_CHUNK_ELEMENTS = {"cuda": 1 << 25, "cpu": 1 << 21}
 
 
 def initial_std(config: ModelConfig) -> float:
@@ -79,15 +77,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return RMSNorm(config.hidden_size, config.norm_eps)
     if config.norm == "batchnorm":
-        return BatchNorm(config.hidden_size, config.norm_eps, config.bias)
+        return BatchNorm(config.hidden_size, config.norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
 
 
@@ -95,22 +92,15 @@ def normalise(norm: nn.Module, x: Tensor, micro_step: MicroStep) -> Tensor:
     return norm(x, micro_step) if isinstance(norm, BatchNorm) else norm(x)
 
 
-def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, 1, T, D) of rotary positions (Su et al. 2021, section 3.2), always in fp32.
+def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, 1, T, D) of rotary positions (Su et al. 2021, section 3.2), computed in fp32.
 
     Computed from the position ids each time instead of from a buffer, because engines cast buffers to bf16.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
     angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary positions to (B, H, T, D); the two halves of D form the rotated pairs, as in Hugging Face's Llama."""
-    cos, sin = (a.to(x.dtype) for a in angles)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class KeyValueCache:
@@ -135,7 +125,9 @@ class Context(NamedTuple):
     """What all blocks of one forward pass share."""
 
     angles: tuple[Tensor, Tensor] | None  # rotary cosines and sines, None with learned positions
-    mask: Tensor | None  # (B, 1, T, S) boolean, True where attention is allowed; None is plain causal
+    mask: (
+        Tensor | None
+    )  # (B, 1, T, S) added to the scores: 0 where attention is allowed, else -inf; None is plain causal
     cache: KeyValueCache | None
     micro_step: MicroStep
 
@@ -165,7 +157,7 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
         if context.angles is not None:
-            q, k = rotate(q, context.angles), rotate(k, context.angles)
+            q, k = rotate(q, *context.angles), rotate(k, *context.angles)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
         if self.num_kv_heads != self.num_heads:
@@ -195,7 +187,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
 
 
@@ -215,52 +207,6 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(normalise(self.mlp_norm, x, context.micro_step)))
 
 
-def _rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
-    """How many tokens' logits exist at one time: what a chunk holds, and never more than a quarter of all."""
-    elements = _LOGIT_CHUNK_ELEMENTS["cpu" if hidden.device.type == "cpu" else "cuda"]
-    return max(1, min(elements // weight.shape[0], -(-hidden.shape[0] // 4)))
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropy of `hidden @ weight.T`, without ever holding (tokens, V) at once.
-
-    Gradients are computed chunk by chunk together with the loss, so nothing is recomputed in the backward pass and the
-    weight is not needed there (under ZeRO-3 it is gathered once less). Memory: one chunk of logits plus the gradients,
-    which wait in fp32 under fp16, because the loss scale that keeps them in its range comes only in the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        rows = _rows_per_chunk(hidden, weight)
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        ctx.dtype = hidden.dtype
-        waiting = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-        grad_hidden = torch.empty_like(hidden, dtype=waiting) if needs_grad else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, hidden.shape[0], rows):
-            chunk, target = hidden[start : start + rows], labels[start : start + rows]
-            valid = target != IGNORE_INDEX
-            log_probs = F.log_softmax((chunk @ weight.t()).float(), dim=-1)
-            picked = log_probs.gather(1, target.clamp(min=0)[:, None])[:, 0]
-            loss -= torch.where(valid, picked, 0.0).sum()
-            if needs_grad:
-                grad_logits = log_probs.exp_()
-                grad_logits.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(picked)[:, None])
-                grad_logits = (grad_logits * valid[:, None]).to(hidden.dtype)
-                grad_hidden[start : start + rows] = grad_logits @ weight
-                grad_weight += grad_logits.t() @ chunk
-        if needs_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(waiting))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        # Both buffers belong to this node alone and are used once: scale them in place.
-        return grad_hidden.mul_(grad_output).to(ctx.dtype), grad_weight.mul_(grad_output).to(ctx.dtype), None
-
-
 class LMHead(nn.Module):
     """Projection to the vocabulary: logits (B, T, V), or with labels (B, T) the summed loss (a scalar in fp32)."""
 
@@ -272,7 +218,7 @@ class LMHead(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             return F.linear(hidden, self.weight)
-        return _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self.weight, labels.flatten())
+        return chunked_cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten())
 
 
 class GPT(nn.Module):
@@ -313,20 +259,24 @@ class GPT(nn.Module):
         if self.config.position_embedding == "learned":
             x = x + self.embed_positions(position_ids)
         else:
-            angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+            angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         micro_step = MicroStep(None if document_ids is None else document_ids != PADDING)
-        context = Context(angles, attention_mask(length, past, document_ids, input_ids.device), cache, micro_step)
+        mask = attention_mask(length, past, document_ids, x)
+        context = Context(angles, mask, cache, micro_step)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, context)
         return self.lm_head(normalise(self.norm, x, micro_step), labels)
 
 
-def attention_mask(length: int, past: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:
-    """(B, 1, T, S) boolean mask, or None where plain causal attention (the fast kernel) says the same."""
+def attention_mask(length: int, past: int, document_ids: Tensor | None, x: Tensor) -> Tensor | None:
+    """(B, 1, T, S) in the precision of `x`, or None where plain causal attention (the fast kernel) says the same.
+
+    Made once for all layers: given booleans, the attention kernel would convert them, and keep the result, in each.
+    """
+    if document_ids is None and not (past and length > 1):
+        return None
+    allowed = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)[None, None]
     if document_ids is not None:
-        same_document = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-        return same_document & torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    if past and length > 1:
-        return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)[None, None]
-    return None
+        allowed = allowed & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+    return torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill_(~allowed, -math.inf)

@@ -111,7 +111,7 @@ def resolve_run(
     return ResolvedRun(
         config,
         model,
-        fill_deepspeed(config, world_size),
+        fill_deepspeed(config, world_size, parameter_count(model)),
         dataset,
         dataset_path,
         validation,

@@ -81,6 +81,14 @@ def test_deepspeed_itself_reads_what_we_fill_in(name: str, dtype: str, monkeypat
         assert parsed.zero_config.memory_efficient_linear is False
 
 
+@pytest.mark.parametrize(
+    ("parameters", "bucket"), [(None, 50e6), (9_000_000, 1e6), (124_000_000, 7_750_000), (8_000_000_000, 50e6)]
+)
+def test_gradient_buckets_grow_with_the_model(parameters: int | None, bucket: float) -> None:
+    filled = fill_deepspeed(resolved("zero2"), world_size=8, num_parameters=parameters)
+    assert filled["zero_optimization"]["reduce_bucket_size"] == bucket
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_stage_0_which_would_sum_gradients_in_16_bits_is_refused(dtype: str) -> None:
     with pytest.raises(ConfigError, match=f"stage 0 would sum gradients in {dtype}"):

@@ -28,7 +28,7 @@ STEPS, ACCUMULATION, MICRO_BATCH, LENGTH = 5, 2, 4, 12
 
 def test_it_computes_what_torch_computes_over_the_valid_tokens_alone():
     torch.manual_seed(0)
-    ours, theirs = BatchNorm(6, 1e-5, bias=True), nn.BatchNorm1d(6, 1e-5)
+    ours, theirs = BatchNorm(6, 1e-5), nn.BatchNorm1d(6, 1e-5)
     with torch.no_grad():
         ours.weight.copy_(torch.rand(6) + 0.5)
         ours.bias.copy_(torch.randn(6))
@@ -52,7 +52,7 @@ def test_it_computes_what_torch_computes_over_the_valid_tokens_alone():
 
 def test_a_gradient_at_padding_flows_as_autograd_says():
     torch.manual_seed(1)
-    norm, valid = BatchNorm(4, 1e-5, bias=False), torch.tensor([[True, True, False], [True, False, False]])
+    norm, valid = BatchNorm(4, 1e-5), torch.tensor([[True, True, False], [True, False, False]])
     x = torch.randn(2, 3, 4, requires_grad=True)
     weights = torch.randn(2, 3, 4)
     (norm(x, MicroStep(valid)) * weights).sum().backward()

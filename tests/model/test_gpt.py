@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dsgpt.config import Dropout, ModelConfig
 from dsgpt.generate import Sampling, generate_ids
-from dsgpt.model import gpt
+from dsgpt.model import functional
 from dsgpt.model.gpt import GPT, KeyValueCache
 from dsgpt.model.recompute import apply_activation_checkpointing
 
@@ -45,7 +43,7 @@ def ids_and_labels(config, batch=3, length=20):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("elements", [64, 10**9])
 def test_chunked_loss_and_gradients_equal_plain_cross_entropy(kind, elements, monkeypatch):
-    monkeypatch.setitem(gpt._LOGIT_CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(functional._LOGIT_CHUNK_ELEMENTS, "cpu", elements)
     config = KINDS[kind]
     ids, labels = ids_and_labels(config, batch=8)
     chunked, plain = make(config), make(config)
@@ -61,50 +59,6 @@ def test_chunked_loss_and_gradients_equal_plain_cross_entropy(kind, elements, mo
             continue  # it shifts all scores of a query alike: its true gradient is 0, what is left is rounding
         error = (ours.grad - theirs.grad).norm() / theirs.grad.norm()
         assert error < 2e-6, (name, error)  # rounding of the layers below comes on top of the loss's own
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor any operation returned, in the forward and the backward pass."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if torch.is_tensor(value):
-                self.numel = max(self.numel, value.numel())
-        return result
-
-
-@pytest.mark.parametrize("tokens", [100, 2000])
-def test_the_loss_and_its_gradients_are_those_of_the_plain_formula_and_no_logits_are_held(tokens):
-    generator = torch.Generator().manual_seed(4)
-    hidden = torch.randn(tokens, 64, generator=generator)
-    weight = torch.randn(5000, 64, generator=generator) * 0.3
-    labels = torch.randint(5000, (tokens,), generator=generator)
-    labels[::7] = gpt.IGNORE_INDEX
-
-    def run(loss_of):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        with LargestTensor() as largest:
-            loss = loss_of(h, w)
-            (loss / tokens).backward()
-        return loss.detach(), h.grad, w.grad, largest.numel
-
-    *ours, held = run(lambda h, w: gpt._ChunkedCrossEntropy.apply(h, w, labels))
-    *plain, logits = run(lambda h, w: F.cross_entropy(h @ w.t(), labels, ignore_index=-100, reduction="sum"))
-    assert logits == tokens * 5000 and held <= max(logits // 4, weight.numel())
-    for mine, theirs in zip(ours, plain, strict=True):
-        assert (mine - theirs).norm() / theirs.norm() < 1e-6
-
-
-def test_gradients_of_the_loss_survive_fp16_until_the_loss_scale_comes():
-    """4000 tokens that are all one word: its summed gradient is too large for fp16, and the divided one is not."""
-    hidden, weight = torch.full((4000, 8), 40.0).half(), torch.zeros(50, 8).half()
-    hidden.requires_grad_(), weight.requires_grad_()
-    loss = gpt._ChunkedCrossEntropy.apply(hidden, weight, torch.full((4000,), 7))
-    (loss * (16 / 4000)).backward()
-    assert weight.grad[7].float() == pytest.approx(torch.full((8,), -40.0 * (1 - 1 / 50) * 16), rel=2e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
