@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -23,8 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dsgpt.errors import ConfigError, DsgptError, LockedError
-from dsgpt.process import LOCK_FILE, die_with_parent, free_port, new_attempt
+from dsgpt.errors import ConfigError, DsgptError, PeerError
+from dsgpt.lease import Lease, Owner
+from dsgpt.process import die_with_parent, free_port, new_attempt
 
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -40,6 +40,8 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     host: str = field(default_factory=socket.gethostname)
     attempt: str = "0"
+    job: str = ""  # the scheduler's id of the job, "" outside one, and how often it was requeued
+    restarts: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -89,7 +91,7 @@ class World:
         if error is not None:
             raise error
         if failed:
-            raise DsgptError(f"another rank failed: {what}", do="its message is in the log of its node")
+            raise PeerError(f"another rank failed: {what}", do="its message is in the log of its node")
 
 
 def start(device: str) -> World:
@@ -112,37 +114,36 @@ def start(device: str) -> World:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_COLLECTIVE_TIMEOUT)
     world = World(rank, local_rank, size, local_size, torch_device)
+    world.job, world.restarts = scheduler_job()
     attempt = os.environ.get("DSGPT_ATTEMPT") or new_attempt()
     world.attempt = world.broadcast_object(attempt)
     return world
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path, world: World) -> Iterator[None]:
-    """Hold the run folder for this job. Rank 0 locks a file in it; a second job gets LockedError on all its ranks.
-
-    The kernel drops the lock when the process ends, however it ends, so a killed job leaves nothing to clean up.
-    """
-    error, file = None, None
+def folder_lease(folder: Path, world: World) -> Iterator[Lease | None]:
+    """Hold the run folder for this job; rank 0 has the lease. A second job gets LockedError on all its ranks."""
+    error, lease = None, None
     if world.is_main:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / LOCK_FILE).open("a")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            error = LockedError(
-                "another job is using this run folder", seen=str(folder), do="wait for it, or cancel it"
-            )
-        except OSError as problem:
-            error = LockedError(
-                "the run folder cannot be written", seen=str(problem), do="choose another run.output_dir"
-            )
+            owner = Owner.of_this_process(world.attempt, world.job, world.restarts)
+            lease = Lease.acquire(folder, owner, say=lambda text: print(text, flush=True))
+        except DsgptError as problem:
+            error = problem
     try:
-        world.agree(error, "locking the run folder")
-        yield
+        world.agree(error, "taking the run folder")
+        yield lease
     finally:
-        if file is not None:
-            file.close()
+        if lease is not None:
+            lease.release()
+
+
+def scheduler_job() -> tuple[str, int]:
+    """(id of the scheduler's job, how often it was requeued); ("", 0) outside one. An array task is a job of its own."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return job, int(restarts) if job and restarts.isdecimal() else 0
 
 
 def stop() -> None:

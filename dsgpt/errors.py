@@ -8,7 +8,10 @@
     ├── LockedError            73  output folder locked or not writable
     ├── OutOfMemoryError       77  device or host memory
     ├── NumericalError         79  non-finite loss or gradients
-    └── Preempted              75  stopped from outside, checkpoint committed
+    ├── Preempted              75  stopped from outside, checkpoint committed
+    ├── Stopped                 0  stopped by the operator (STOP), checkpoint committed
+    ├── PeerError              76  another rank failed; that one knows why
+    └── NoProgressError        93  three starts in a row without a new checkpoint
 
 A message says what happened, what was seen, and what to do; `Problem` is one such triple. Errors that can come in
 numbers (a config with five typos) carry a list of problems and print all of them at once.
@@ -57,6 +60,7 @@ class DsgptError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the process ends with."""
 
     exit_code = ExitCode.INFRASTRUCTURE
+    cause = ""  # the verdict's word where the exit code's name does not say enough
 
     def __init__(self, what: str = "", seen: str = "", do: str = "", problems: Sequence[Problem] = ()):
         self.problems = list(problems) or [Problem(what, seen, do)]
@@ -78,6 +82,8 @@ class CheckpointError(DsgptError):
 class SaveError(DsgptError):
     """A checkpoint could not be written; the ones before it are as they were."""
 
+    cause = "save_failed"
+
 
 class LockedError(DsgptError):
     exit_code = ExitCode.LOCKED
@@ -93,3 +99,16 @@ class NumericalError(DsgptError):
 
 class Preempted(DsgptError):
     exit_code = ExitCode.PREEMPTED
+
+
+class Stopped(DsgptError):
+    exit_code = ExitCode.DONE
+    cause = "stopped"
+
+
+class PeerError(DsgptError):
+    """Raised on the ranks that only meet a failure of another one."""
+
+
+class NoProgressError(DsgptError):
+    exit_code = ExitCode.NO_PROGRESS

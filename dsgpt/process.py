@@ -19,8 +19,8 @@ from pathlib import Path
 
 from dsgpt.errors import ExitCode
 
-LOCK_FILE = ".lock"  # in a run folder; held by rank 0 while a job uses it
 _PR_SET_PDEATHSIG = 1
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt(3)
 # One request often arrives twice within moments, from the terminal and from a launcher that passes it on.
 SECOND_REQUEST_SECONDS = 3.0
 _LAUNCHER_POLL_SECONDS = 1.0
@@ -32,6 +32,24 @@ def die_with_parent() -> None:
     """Ask Linux to send this process SIGTERM when its parent dies, so that no orphan keeps computing."""
     with contextlib.suppress(OSError, AttributeError):  # not Linux: the launcher's own clean-up remains
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def rank_of_environment() -> int:
+    """This process's rank as a launcher tells it, before anything else is known."""
+    text = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(text) if text.isdecimal() else 0
+
+
+def keep_allocator_small() -> None:
+    """On a CPU: give blocks of 8 MiB and more back to the system as soon as they are freed, and use one heap (glibc).
+
+    By itself glibc learns to keep blocks of up to 32 MiB: measured on a 9M-parameter model, that is a tenth of the peak
+    memory and no faster. With smaller thresholds the page faults cost more than a tenth of the speed.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 8 << 20)
+        libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def free_port() -> int:

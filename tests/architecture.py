@@ -18,10 +18,16 @@ FLOORS = {
     **dict.fromkeys(("engine", "checkpoint"), 4),
     **dict.fromkeys(("tokenizer", "data", "model", "optimizer", "loss_scale"), 3),
     **dict.fromkeys(("distributed", "planning", "launch", "report"), 2),
-    **dict.fromkeys(("config", "process"), 1),
+    **dict.fromkeys(("config", "process", "lease", "verdict", "watchdog"), 1),
     **dict.fromkeys(("errors", "units"), 0),
 }
-SIDEWAYS = {("data", "tokenizer"), ("checkpoint", "engine"), ("cli", "quickstart"), ("__main__", "cli")}
+SIDEWAYS = {
+    ("watchdog", "verdict"),
+    ("data", "tokenizer"),
+    ("checkpoint", "engine"),
+    ("cli", "quickstart"),
+    ("__main__", "cli"),
+}
 
 # The only modules (and what lies below them) that may import a library at all.
 DOORS = {
@@ -30,13 +36,17 @@ DOORS = {
     "datasets": ("dsgpt.data",),
     "peft": ("dsgpt.model",),
 }
-ENVIRONMENT = ("dsgpt.distributed", "dsgpt.launch", "dsgpt.cli", "dsgpt.quickstart")
+# dsgpt.process: a rank has to know its number before torch is imported.
+ENVIRONMENT = ("dsgpt.process", "dsgpt.distributed", "dsgpt.launch", "dsgpt.cli", "dsgpt.quickstart")
 
 # Importing these, or anything they import in turn, loads none of the heavy libraries; a function may do so later.
 LIGHT = (
     "errors",
     "units",
     "process",
+    "lease",
+    "verdict",
+    "watchdog",
     "config",
     "planning",
     "launch",
@@ -44,6 +54,9 @@ LIGHT = (
     "cli",
     "quickstart",
     "checkpoint.commit",
+    "checkpoint.locate",
+    "checkpoint.retention",
+    "checkpoint.starts",
 )
 HEAVY = {
     "torch",

@@ -3,7 +3,7 @@
 A save writes into `.tmp-step-00001000-<attempt>/`; every file is fsynced and hashed by the rank that wrote it; rank 0
 writes `manifest.json` with all sizes and hashes, fsyncs, and renames the folder to `step-00001000`. **That rename is the
 commit.** There is no `latest` file: a pointer is one more thing that can lie, and a listing of one folder answers the
-same question. Deleting goes through a rename to `.trash-…`, so a half-deleted checkpoint is never seen either.
+same question.
 
 Neither torch nor DeepSpeed is imported here: `dsgpt checkpoint ls` runs on a login node, and the protocol is attacked
 alone, thousands of times, by `python -m tests.faults protocol`.
@@ -14,20 +14,40 @@ rank opens or stats another rank's file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dsgpt.errors import CheckpointError, Problem
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _COMMITTED = re.compile(r"^step-(\d{8,})$")
+_PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR}
+_RETRY_AFTER_SECONDS = (0.1, 1.0)
+Result = TypeVar("Result")
+
+
+def retrying(action: Callable[[], Result]) -> tuple[Result, int]:
+    """Do something to storage again after an error that network file systems give and take back; (result, retries).
+
+    `action` must be one that may be repeated. Raises the last error after two repetitions.
+    """
+    for retries, seconds in enumerate((*_RETRY_AFTER_SECONDS, None)):
+        try:
+            return action(), retries
+        except OSError as error:
+            if error.errno not in _PASSING or seconds is None:
+                raise
+            time.sleep(seconds)
+    raise AssertionError("not reached")
 
 
 def begin(checkpoints_dir: Path, step: int, attempt: str) -> Path:
@@ -66,28 +86,45 @@ def hash_files(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def commit(checkpoints_dir: Path, tmp: Path, manifest: dict[str, Any]) -> Path:
+def commit(
+    checkpoints_dir: Path, tmp: Path, manifest: dict[str, Any], guard: Callable[[], None] = lambda: None
+) -> Path:
     """Write the manifest and rename `tmp` to its final name. `manifest` holds "step" and "files" (of `hash_files`).
 
-    Raises CheckpointError when that step is committed already: the older commit stays as it is.
+    `guard` is called last and raises where this job may not commit any more. A checkpoint of the same step, which only a
+    job that was cut off can have left there meanwhile, is moved to `abandoned-<n>`.
     """
     final = checkpoints_dir / f"step-{manifest['step']:08d}"
-    if final.exists() and not (final / MANIFEST).exists():
-        os.rename(final, checkpoints_dir / f".trash-{final.name}-{os.getpid()}")  # what an interrupted `rm -r` left
-    if final.exists():
-        raise CheckpointError(
-            f"step {manifest['step']} is committed already", seen=str(final), do="remove or rename it"
-        )
     manifest = {"format_version": FORMAT_VERSION, **manifest}
     path = tmp / MANIFEST
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    fsync_path(tmp)
+
+    def write() -> None:
+        with path.open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        fsync_path(tmp)
+
+    retrying(write)
+    guard()
+    if final.exists():
+        set_aside(checkpoints_dir, [final])
     os.rename(tmp, final)
-    fsync_path(checkpoints_dir)
+    retrying(lambda: fsync_path(checkpoints_dir))
     return final
+
+
+def set_aside(checkpoints_dir: Path, folders: Sequence[Path]) -> Path:
+    """Move checkpoints that this run does not continue from to a new `abandoned-<n>`, whole; nothing is deleted."""
+    endings = (path.name.removeprefix("abandoned-") for path in checkpoints_dir.glob("abandoned-*"))
+    numbers = [int(ending) for ending in endings if ending.isdecimal()]
+    aside = checkpoints_dir / f"abandoned-{max(numbers, default=0) + 1}"
+    aside.mkdir()
+    for path in folders:
+        os.rename(path, aside / path.name)
+    fsync_path(aside)
+    fsync_path(checkpoints_dir)
+    return aside
 
 
 def list_committed(checkpoints_dir: Path) -> list[tuple[int, Path]]:
@@ -122,6 +159,14 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
+def attempt_of(checkpoint: Path) -> str:
+    """Which start of the run made a checkpoint; "" where its manifest cannot tell."""
+    try:
+        return str(read_manifest(checkpoint).get("attempt", ""))
+    except CheckpointError:
+        return ""
+
+
 def verify(checkpoint: Path, mode: str = "hash", only: Sequence[str] | None = None) -> list[Problem]:
     """Check files against the manifest, all or the named ones; `mode` is "hash" or "size". No problem: an empty list."""
     try:
@@ -152,32 +197,6 @@ def verify(checkpoint: Path, mode: str = "hash", only: Sequence[str] | None = No
         except OSError as error:
             problems.append(Problem("file cannot be read", seen=f"{path}: {error}"))
     return problems
-
-
-def prune(checkpoints_dir: Path, keep_last: int) -> list[int]:
-    """Delete all but the newest `keep_last` checkpoints (0 keeps all) and what crashed saves and deletes left behind.
-
-    The newest checkpoint that verifies by size is never deleted, whatever the count. Returns the deleted steps.
-    """
-    if not checkpoints_dir.is_dir():
-        return []
-    for entry in list(os.scandir(checkpoints_dir)):
-        if entry.name.startswith(".trash-"):
-            shutil.rmtree(entry.path, ignore_errors=True)
-    committed = list_committed(checkpoints_dir)
-    if keep_last <= 0 or len(committed) <= keep_last:
-        return []
-    newest_good = next((step for step, path in reversed(committed) if not verify(path, mode="size")), None)
-    deleted = []
-    for step, path in committed[:-keep_last]:
-        if step == newest_good:
-            continue
-        trash = checkpoints_dir / f".trash-{path.name}-{os.getpid()}"
-        os.rename(path, trash)
-        shutil.rmtree(trash, ignore_errors=True)
-        deleted.append(step)
-    fsync_path(checkpoints_dir)
-    return deleted
 
 
 def remove_unfinished(checkpoints_dir: Path) -> list[str]:

@@ -17,59 +17,74 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dsgpt.checkpoint import commit
 from dsgpt.checkpoint.reader import CheckpointReader, buffer_key, partition_file
 from dsgpt.distributed import World
 from dsgpt.engine import Engine, Fragment
-from dsgpt.errors import CheckpointError, SaveError
+from dsgpt.errors import CheckpointError, LockedError, SaveError
+
+VISIBLE_SECONDS = 30.0
 
 
 def save_checkpoint(
-    engine: Engine, world: World, checkpoints_dir: Path, attempt: str, manifest: Mapping[str, Any]
-) -> Path:
-    """Write and commit one checkpoint; all ranks call it. Returns its folder.
+    engine: Engine,
+    world: World,
+    checkpoints_dir: Path,
+    attempt: str,
+    manifest: Mapping[str, Any],
+    guard: Callable[[], None] = lambda: None,
+) -> tuple[Path, int]:
+    """Write and commit one checkpoint; all ranks call it. Returns its folder and how often a write was tried again.
 
     Raises SaveError on every rank when any rank failed; then nothing is committed and the temporary folder is removed.
-    `manifest` is rank 0's; it holds at least "step".
+    `manifest` is rank 0's; it holds at least "step". `guard` is called on rank 0 right before the commit; what it raises
+    is raised there, and PeerError on the others.
     """
     step = manifest["step"]
     folder = _begin(world, checkpoints_dir, step, attempt)
     fragments = engine.fragments()
-    written, error = {}, ""
+    written, retries, error = {}, 0, ""
     try:
-        written = _write_partition(engine, folder, world.rank, fragments)
+        written, retries = commit.retrying(lambda: _write_partition(engine, folder, world.rank, fragments))
     except Exception as problem:  # whatever it is, this rank must still meet the others below
         error = f"rank {world.rank}: {problem}"
     ranges = [(f.name, f.start, f.numel) for f in fragments] if engine.stage in (1, 2) else None
-    gathered = world.gather_objects((written, ranges, error))
-    path, failure = "", ""
+    gathered = world.gather_objects((written, ranges, error, retries))
+    path, failure, forbidden = "", "", None
     if gathered is not None:
-        failure = "; ".join(text for _, _, text in gathered if text)
+        failure = "; ".join(text for _, _, text, _ in gathered if text)
+        retries = sum(number for *_, number in gathered)
         try:
             if not failure:
-                files = {name: entry for part, _, _ in gathered for name, entry in part.items()}
-                index = _index(engine, world, [ranges for _, ranges, _ in gathered])
+                files = {name: entry for part, *_ in gathered for name, entry in part.items()}
+                index = _index(engine, world, [ranges for _, ranges, *_ in gathered])
                 buffers = {name: list(value.shape) for name, value in engine.buffers().items()}
                 contents = {**manifest, "files": files, "parameters": index, "buffers": buffers}
-                path = str(commit.commit(checkpoints_dir, folder, contents))
-        except (OSError, CheckpointError) as problem:
+                path = str(commit.commit(checkpoints_dir, folder, contents, guard))
+        except OSError as problem:
             failure = str(problem)
-        if failure:
+        except LockedError as problem:
+            forbidden = problem
+        if failure or forbidden:
             shutil.rmtree(folder, ignore_errors=True)
-    path, failure = world.broadcast_object((path, failure))
+    world.agree(forbidden, "committing the checkpoint")
+    path, failure, retries = world.broadcast_object((path, failure, retries))
     if failure:
         raise SaveError(
             f"the checkpoint of step {step} was not written", seen=failure, do="free space, or mend the disk"
         )
-    return Path(path)
+    return Path(path), retries
 
 
 def _begin(world: World, checkpoints_dir: Path, step: int, attempt: str) -> Path:
@@ -77,7 +92,7 @@ def _begin(world: World, checkpoints_dir: Path, step: int, attempt: str) -> Path
     folder, failure = "", ""
     if world.is_main:
         try:
-            folder = str(commit.begin(checkpoints_dir, step, attempt))
+            folder = str(commit.retrying(lambda: commit.begin(checkpoints_dir, step, attempt))[0])
         except OSError as problem:
             failure = str(problem)
     folder, failure = world.broadcast_object((folder, failure))
@@ -97,7 +112,11 @@ def _write_partition(engine: Engine, folder: Path, rank: int, fragments: Sequenc
     starts = {fragment.name: fragment.start for fragment in fragments}
     name = partition_file(rank)
     # One metadata entry only: with several, safetensors writes them in random order, and equal states differ in bytes.
-    save_file(tensors, folder / name, metadata={"starts": json.dumps(starts)})
+    try:
+        save_file(tensors, folder / name, metadata={"starts": json.dumps(starts)})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number.group(1)) if number else 0, str(error)) from error
     return commit.hash_files(folder, [name])
 
 
@@ -154,39 +173,38 @@ def load_state(engine: Engine, reader: CheckpointReader) -> None:
     engine.load_buffers(buffers)
 
 
-def find_checkpoint(
-    checkpoints_dir: Path, world: World, mode: str, step: int | None = None
-) -> tuple[Path | None, list[str]]:
-    """The newest committed checkpoint that verifies (or exactly `step`), agreed by all ranks, and what was passed over.
+def find_checkpoint(committed: Sequence[tuple[int, Path]], world: World, mode: str) -> tuple[Path | None, list[str]]:
+    """The newest of these checkpoints that verifies, agreed by all ranks, and what was passed over.
 
-    Rank 0 lists; each rank verifies its share of the files; a checkpoint that fails is reported, never deleted. Raises
-    CheckpointError when `step` was asked for and is missing or bad, and when commits exist but none is good.
+    Each rank verifies its share of the files; a checkpoint that fails is reported, never deleted. Raises CheckpointError
+    when there are some and none is good. `committed` is rank 0's list on all ranks, oldest first.
     """
-    committed = world.broadcast_object(
-        [(number, str(path)) for number, path in commit.list_committed(checkpoints_dir)] if world.is_main else None
-    )
-    if step is not None:
-        committed = [entry for entry in committed if entry[0] == step]
-        if not committed:
-            raise CheckpointError(f"no committed checkpoint of step {step}", seen=str(checkpoints_dir))
     rejected: list[str] = []
     for _, path in reversed(committed):
-        problems = verify_share(Path(path), world, mode)
+        problems = verify_share(path, world, mode)
         if not problems:
-            return Path(path), rejected
-        rejected.append(f"{Path(path).name}: {problems}")
+            return path, rejected
+        rejected.append(f"{path.name}: {problems}")
     if committed:
         raise CheckpointError(
-            "no committed checkpoint is intact",
+            "no committed checkpoint is intact" if len(committed) > 1 else "the checkpoint is damaged",
             seen="; ".join(rejected),
             do="restore the files, or start again with resume=fresh in a new output_dir",
         )
     return None, rejected
 
 
+def _wait_for(path: Path) -> None:
+    """Network file systems may show a new folder to one host seconds after another; rank 0 has seen this one."""
+    until = time.monotonic() + VISIBLE_SECONDS
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.2)
+
+
 def verify_share(path: Path, world: World, mode: str) -> str:
     """Verify a checkpoint with the files spread over all ranks; the problems of all ranks as one text."""
     try:
+        _wait_for(path / commit.MANIFEST)
         names = sorted(commit.read_manifest(path)["files"])
         problems = [str(p) for p in commit.verify(path, mode, only=names[world.rank :: world.size])]
     except CheckpointError as error:

@@ -1,7 +1,7 @@
 """Weights from anywhere: a run folder, one of its checkpoints, or a Hugging Face folder.
 
-MODEL on the command line is a run folder (its newest commit; `RUN@STEP` for another), a checkpoint folder, or a Hugging
-Face folder such as an export (`hf:FOLDER` says so explicitly).
+MODEL on the command line is a run folder (its newest commit; `RUN@STEP` or `RUN@best` for another), a checkpoint folder, or
+a Hugging Face folder such as an export (`hf:FOLDER` says so explicitly).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dsgpt.checkpoint import commit
+from dsgpt.checkpoint.locate import locate_checkpoint, split_step
 from dsgpt.checkpoint.reader import CheckpointReader
 from dsgpt.config import ModelConfig
 from dsgpt.errors import CheckpointError, Problem
@@ -39,28 +40,13 @@ def find_model(text: str) -> ModelLocation:
     if text.startswith("hf:"):
         folder = Path(text[3:])
         return ModelLocation(folder, False, folder)
-    name, _, step = text.rpartition("@") if "@" in text and not Path(text).exists() else (text, "", "")
-    folder = Path(name)
-    if (folder / commit.MANIFEST).exists():
-        return ModelLocation(folder, True, folder.parent.parent / "tokenizer")
-    if (folder / "config.json").exists():
+    folder, step = split_step(text)
+    if not step and (folder / "config.json").exists():
         return ModelLocation(folder, False, folder)
-    committed = commit.list_committed(folder / "checkpoints")
-    if step and committed:
-        wanted = [entry for entry in committed if str(entry[0]) == step]
-        if not wanted:
-            have = ", ".join(str(number) for number, _ in committed)
-            raise CheckpointError(
-                f"no step {step} in {folder}", seen=f"committed: {have}", do=f"{folder}@{committed[-1][0]}"
-            )
-        committed = wanted
-    if not committed:
-        raise CheckpointError(
-            f"no model at {text}",
-            seen="no committed checkpoint, no manifest.json, no config.json",
-            do="name a run folder, RUN@STEP, a checkpoint folder, or a Hugging Face folder",
-        )
-    return ModelLocation(committed[-1][1], True, folder / "tokenizer")
+    checkpoint = locate_checkpoint(text)
+    # Beside the run's own checkpoints, also where one was set aside in a folder of its own.
+    runs = [parent for parent in checkpoint.absolute().parents if (parent / "tokenizer").is_dir()]
+    return ModelLocation(checkpoint, True, (runs[0] if runs else checkpoint.absolute().parent.parent) / "tokenizer")
 
 
 def require_intact(checkpoint: Path) -> None:
@@ -102,7 +88,7 @@ def initial_weights(init_from: str, config: ModelConfig) -> InitialWeights:
     """The weights that `hf:<folder>` or `checkpoint:<path>` names, of the given architecture."""
     origin, _, location = init_from.partition(":")
     if origin == "checkpoint":
-        path = find_model(location).path
+        path = locate_checkpoint(location)
         require_intact(path)
         reader = CheckpointReader(path)
         return InitialWeights(lambda f, kind: reader.read(f.name, kind, f.start, f.numel), reader.buffers())

@@ -1,4 +1,4 @@
-"""`dsgpt checkpoint ls | verify | export`. Listing and verifying need no torch."""
+"""`dsgpt checkpoint ls | verify | diff | prune | export`. All but diff and export need no torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import click
 
 from dsgpt.errors import CheckpointError, ExitCode
 
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
 
 @click.group()
 def checkpoint() -> None:
-    """List, verify and export checkpoints."""
+    """List, verify, compare, delete and export checkpoints."""
 
 
 def _committed(run_dir: Path) -> list[tuple[int, Path]]:
@@ -28,16 +30,18 @@ def _committed(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 @checkpoint.command("ls")
-@click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("run_dir", type=_FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_checkpoints(run_dir: Path, as_json: bool) -> None:
     """The committed checkpoints of a run, oldest first."""
-    from dsgpt.checkpoint import commit
+    from dsgpt.checkpoint import commit, retention
     from dsgpt.cli.common import print_json
     from dsgpt.units import format_bytes, format_count
 
     rows: list[dict[str, Any]] = []
-    for step, path in _committed(run_dir):
+    committed = _committed(run_dir)
+    best = retention.best(committed)
+    for step, path in committed:
         try:
             manifest = commit.read_manifest(path)
         except CheckpointError as error:
@@ -52,20 +56,25 @@ def list_checkpoints(run_dir: Path, as_json: bool) -> None:
                 "world_size": manifest["world_size"],
                 "zero_stage": manifest["zero_stage"],
                 "files": len(manifest["files"]),
+                "validation_loss": retention.validation_loss(path),
+                "best": best is not None and best[0] == step,
+                "pinned": (path / retention.PIN).exists(),
             }
         )
     if as_json:
         print_json({"checkpoints": rows})
         return
     for row in rows:
+        marks = f"{'  best' if row['best'] else ''}{'  kept by hand' if row['pinned'] else ''}"
+        loss = f"  validation loss {row['validation_loss']:.4f}" if row["validation_loss"] is not None else ""
         click.echo(
             f"step {row['step']:>8}  {format_count(row['consumed_tokens']):>7} tokens  {format_bytes(row['bytes']):>9}  "
-            f"{row['world_size']} ranks, ZeRO {row['zero_stage']}  {row['path']}"
+            f"{row['world_size']} ranks, ZeRO {row['zero_stage']}  {row['path']}{loss}{marks}"
         )
 
 
 @checkpoint.command()
-@click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("run_dir", type=_FOLDER)
 @click.option("--size-only", is_flag=True, help="Compare sizes, not hashes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def verify(run_dir: Path, size_only: bool, as_json: bool) -> None:
@@ -86,12 +95,64 @@ def verify(run_dir: Path, size_only: bool, as_json: bool) -> None:
 
 
 @checkpoint.command()
+@click.argument("one")
+@click.argument("other")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def diff(one: str, other: str, as_json: bool) -> None:
+    """Compare two checkpoints (RUN, RUN@STEP, RUN@best or a folder): what was recorded, and every tensor bit for bit.
+
+    Number of ranks and ZeRO stage may differ. Ends with 1 where a tensor differs.
+    """
+    from dsgpt.checkpoint.diff import compare
+    from dsgpt.checkpoint.locate import locate_checkpoint
+    from dsgpt.cli.common import print_json
+
+    result = compare(locate_checkpoint(one), locate_checkpoint(other))
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        for line in result.lines():
+            click.echo(line)
+    sys.exit(int(bool(result.tensors)))
+
+
+@checkpoint.command()
+@click.argument("run_dir", type=_FOLDER)
+@click.option("--keep-last", type=click.IntRange(1), required=True, help="How many of the newest stay.")
+@click.option("--keep-every", type=click.IntRange(1), help="Steps divisible by this stay.")
+@click.option("--keep-best", is_flag=True, help="The one with the lowest validation loss stays.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def prune(run_dir: Path, keep_last: int, keep_every: int | None, keep_best: bool, dry_run: bool, as_json: bool) -> None:
+    """Delete old checkpoints of a run that is not running. The newest good one and those with a file KEEP always stay."""
+    from dsgpt.checkpoint import retention
+    from dsgpt.cli.common import print_json
+    from dsgpt.lease import Lease, Owner
+    from dsgpt.process import new_attempt
+
+    committed = _committed(run_dir)
+    if dry_run:
+        steps = [step for step, _ in retention.surplus(committed, keep_last, keep_every, keep_best)]
+    else:
+        lease = Lease.acquire(run_dir, Owner.of_this_process(new_attempt()), say=click.echo)
+        try:
+            steps = retention.prune(run_dir / "checkpoints", keep_last, keep_every, keep_best)
+        finally:
+            lease.release()
+    if as_json:
+        print_json({"deleted": steps, "dry_run": dry_run})
+    else:
+        shown = ", ".join(map(str, steps)) or "nothing"
+        click.echo(f"{'would delete' if dry_run else 'deleted'}: {shown}")
+
+
+@checkpoint.command()
 @click.argument("model")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="A folder that does not exist yet.")
 @click.option("--no-check", is_flag=True, help="Do not load the export back to compare logits.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def export(model: str, output: Path, no_check: bool, as_json: bool) -> None:
-    """Write MODEL (a run folder, RUN@STEP or a checkpoint) in Hugging Face format, checked against transformers.
+    """Write MODEL (a run folder, RUN@STEP, RUN@best or a checkpoint) in Hugging Face format, checked against transformers.
 
     A model that no Hugging Face architecture holds is written in dsgpt's own format.
     """

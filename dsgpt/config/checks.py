@@ -31,8 +31,8 @@ def _finding(keys: tuple[str, ...], what: str, seen: str, do: str) -> Finding:
 def _check_model(config: RunConfig) -> Iterator[Finding]:
     model = config.model
     kind, _, name = model.init_from.partition(":")
-    if model.init_from != "scratch" and not (kind in ("hf", "checkpoint") and name):
-        do = "write scratch, hf:<folder or hub name> or checkpoint:<path>"
+    if model.init_from != "scratch" and not (kind in ("hf", "checkpoint", "fork") and name):
+        do = "write scratch, hf:<folder or hub name>, checkpoint:<path> or fork:<run>@<step>"
         yield _finding(("model.init_from",), "model.init_from is not understood", model.init_from, do)
     if model.init_from == "scratch":
         needed = ("hidden_size", "num_hidden_layers", "num_attention_heads")

@@ -149,12 +149,12 @@ def _with_absolute_paths(data: Any, origins: dict[tuple[str | int, ...], Leaf]) 
 
 
 def _absolute_init(value: str, base: Path) -> str:
-    """hf:NAME stays a hub name unless a folder of that name is there; checkpoint:PATH is always a path."""
+    """hf:NAME stays a hub name unless a folder of that name is there; checkpoint:PATH and fork:RUN@STEP are paths."""
     kind, colon, name = value.partition(":")
-    if kind not in ("hf", "checkpoint") or not name:
+    if kind not in ("hf", "checkpoint", "fork") or not name:
         return value
     path = Path(base, Path(name).expanduser()).resolve()
-    return f"{kind}{colon}{path}" if kind == "checkpoint" or name[0] in "./~" or path.is_dir() else value
+    return f"{kind}{colon}{path}" if kind != "hf" or name[0] in "./~" or path.is_dir() else value
 
 
 def _validate(data: Any, origins: dict[Location, Leaf], problems: list[Problem]) -> tuple[RunConfig | None, set[str]]:

@@ -76,7 +76,10 @@ class ModelConfig(_Architecture):
 class ModelSection(_Architecture):
     """Where the weights come from, and the shape when they start from scratch."""
 
-    init_from: str = Field(default="scratch", description="scratch, hf:<folder or hub name> or checkpoint:<path>")
+    init_from: str = Field(
+        default="scratch",
+        description="scratch, hf:<folder or hub name>, checkpoint:<path> (weights) or fork:<run>@<step> (all state)",
+    )
     hidden_size: Count | None = Field(default=None, description="width of the residual stream")
     num_hidden_layers: Count | None = Field(default=None, description="number of transformer blocks")
     num_attention_heads: Count | None = Field(default=None, description="query heads per block")

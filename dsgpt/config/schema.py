@@ -23,6 +23,15 @@ class RunSection(Section):
     name: str = Field(default="run", min_length=1, description="shown in logs and reports")
     output_dir: Path = Field(description="the run's folder; resuming means using the same one again")
     seed: Int = Field(default=1234, ge=0, lt=2**63, description="of the initial weights, dropout and sample order")
+    hang_timeout_seconds: Real = Field(
+        default=600.0,
+        ge=0,
+        description="a rank without a sign of life for so long ends the job with 76 (start and saving have 3 times that); "
+        "0 = never",
+    )
+    strict_versions: Bool = Field(
+        default=False, description="refuse (78), instead of warn, to resume with other versions of torch or deepspeed"
+    )
 
 
 class TokenizerSection(Section):
@@ -94,6 +103,21 @@ class OptimizerSection(Section):
         return data
 
 
+class LossSpikeSection(Section):
+    """When a step's loss is out of line, and what follows."""
+
+    window: CountOrZero = Field(default=100, description="steps whose losses it is compared with; 0 = never look")
+    threshold: Real = Field(
+        default=6.0, gt=0, description="a spike lies so many standard deviations above the window's mean"
+    )
+    action: Literal["warn", "rollback"] = Field(
+        default="warn", description="rollback = go back to the last good checkpoint and leave the step's samples out"
+    )
+    skip_steps: Count = Field(
+        default=1, description="how many steps' samples are left out, the last of them those of the spike"
+    )
+
+
 class TrainingSection(Section):
     """How much is trained, in which pieces and precision. A step is an optimizer step over all GPUs."""
 
@@ -117,6 +141,7 @@ class TrainingSection(Section):
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = Field(
         default="none", description="recompute activations in the backward pass instead of keeping them"
     )
+    loss_spike: LossSpikeSection = Field(default=LossSpikeSection())
 
     @property
     def tokens_per_step(self) -> int:
@@ -182,7 +207,18 @@ class CheckpointSection(Section):
     save_interval: Count = Field(
         default=500, description="optimizer steps between checkpoints; the last step is always saved"
     )
-    keep_last: CountOrZero = Field(default=3, description="how many checkpoints stay; 0 = all")
+    save_interval_minutes: Real | None = Field(
+        default=None, gt=0, description="also save when so many minutes have passed since the last checkpoint"
+    )
+    keep_last: CountOrZero = Field(default=3, description="how many of the newest checkpoints stay; 0 = all")
+    keep_every: Count | None = Field(default=None, description="checkpoints of steps divisible by this stay for good")
+    keep_best: Bool = Field(
+        default=False, description="the checkpoint with the lowest validation loss stays (of those that were evaluated)"
+    )
+    strict_space: Bool = Field(
+        default=False,
+        description="refuse to start (73), instead of warn, where the checkpoints will not fit on the disk",
+    )
     verify: Literal["hash", "size"] = Field(
         default="hash", description="what is compared with the manifest before resuming"
     )

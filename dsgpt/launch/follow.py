@@ -95,7 +95,7 @@ class Follower:
         for entry in sorted(self._events.read() + self._metrics.read(), key=lambda entry: float(entry["time"])):
             if "event" in entry:
                 self._show_event(entry)
-            else:
+            elif "step" in entry:
                 self._show_metrics(entry)
 
     def _show_event(self, entry: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -22,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsgpt.errors import ExitCode, LockedError
+from dsgpt.errors import ExitCode
 from dsgpt.launch.follow import Follower
+from dsgpt.lease import require_free
 from dsgpt.process import (
-    LOCK_FILE,
     SECOND_REQUEST_SECONDS,
     die_with_parent,
     free_port,
@@ -96,7 +95,7 @@ def run_job(job: Job, follower_for: Callable[[Path, str], Follower]) -> JobEnd:
     """Start the job, show its progress, pass stops on, and say how it ended."""
     attempt = new_attempt()
     log_dir = job.output_dir / "logs" / attempt
-    require_unlocked(job.output_dir)
+    require_free(job.output_dir)
     log_dir.mkdir(parents=True, exist_ok=True)
     log_file = log_dir / f"{socket.gethostname()}.log"
     follower = follower_for(job.output_dir, attempt)
@@ -118,21 +117,6 @@ def run_job(job: Job, follower_for: Callable[[Path, str], Follower]) -> JobEnd:
                 time.sleep(_POLL_SECONDS)
             follower.poll()
     return _end_of(log_dir, log_file, process.returncode)
-
-
-def require_unlocked(output_dir: Path) -> None:
-    """Raise LockedError, before anything is written, when another job holds the folder or it cannot be written."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with (output_dir / LOCK_FILE).open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise LockedError(
-            "another job is using this run folder", seen=str(output_dir), do="wait for it, or cancel it"
-        ) from None
-    except OSError as error:
-        do = "choose another run.output_dir"
-        raise LockedError("the run folder cannot be written", seen=str(error), do=do) from error
 
 
 def _group_is_alive(process_group: int) -> bool:
@@ -188,28 +172,16 @@ class _StopForwarder:
 
 
 def _end_of(log_dir: Path, log_file: Path, returncode: int) -> JobEnd:
-    """The cause from the files the ranks left: the launcher's own code can be any rank's, or a signal's."""
-    ends = []
-    for path in sorted(log_dir.glob("end-rank-*.json")):
-        try:
-            ends.append(json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError):
-            continue
-    failed = [end for end in ends if end["exit_code"] != ExitCode.DONE]
-    if failed:
-        # A rank that only saw its peer vanish says 76; the rank that knows the cause says something else.
-        told = min(failed, key=lambda end: (end["exit_code"] == ExitCode.INFRASTRUCTURE, _is_bystander(end["message"])))
-        return JobEnd(told["exit_code"], told["message"], log_file)
-    if returncode == 0 and ends:
-        return JobEnd(0, "", log_file)
-    if 0 < returncode < 128 and not ends and returncode in list(ExitCode):
+    """The cause from the verdict that ranks or watchdogs left; the launcher's own code can be any rank's, or a signal's."""
+    try:
+        verdict = json.loads((log_dir / "end.json").read_text("utf-8"))
+        return JobEnd(int(verdict["exit_code"]), str(verdict["message"]), log_file)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if 0 < returncode < 128 and returncode in list(ExitCode):
         return JobEnd(returncode, "\n".join(_tail(log_file)), log_file)
     message = f"the job ended without a verdict (launcher code {returncode}); the end of {log_file}:"
     return JobEnd(ExitCode.INFRASTRUCTURE, "\n".join([message, *_tail(log_file)]), log_file)
-
-
-def _is_bystander(message: str) -> bool:
-    return any(text in message for text in ("closed by peer", "reset by peer", "another rank failed"))
 
 
 def _tail(path: Path, lines: int = 20) -> list[str]:

@@ -8,7 +8,6 @@ typed on one's own text. A stage whose result exists is skipped and says so; run
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
@@ -25,6 +24,7 @@ from dsgpt.checkpoint import commit
 from dsgpt.errors import DsgptError, ExitCode
 from dsgpt.process import die_with_parent
 from dsgpt.quickstart.corpus import build_corpus
+from dsgpt.train.state import read_metrics
 from dsgpt.units import format_bytes, format_count, format_seconds
 
 VOCAB_SIZE = 2048
@@ -148,12 +148,7 @@ class Quickstart:
         return report
 
     def _training_numbers(self, step: int) -> dict[str, Any]:
-        by_step: dict[int, dict[str, Any]] = {}
-        for line in (self.run_dir / "metrics.jsonl").read_text("utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # a line cut short by a crash
-                entry = json.loads(line)
-                by_step[entry["step"]] = entry
-        entries = [by_step[number] for number in sorted(by_step) if number <= step]
+        entries = [entry for entry in read_metrics(self.run_dir / "metrics.jsonl") if entry["step"] <= step]
         config = json.loads((self.run_dir / "environment.json").read_text("utf-8"))
         return {
             "steps": step,
@@ -207,7 +202,7 @@ class Quickstart:
                 latest = json.loads(lines[-1]) if lines else None
             except ValueError:
                 continue  # the last line is being written
-            if latest and latest["step"] * 2 >= latest["max_steps"]:
+            if latest and "step" in latest and latest["step"] * 2 >= latest["max_steps"]:
                 process.send_signal(signal.SIGTERM)
                 return
 

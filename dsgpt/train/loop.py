@@ -6,45 +6,38 @@ writing. A stop is asked of any rank at any time and agreed by all at the end of
 
 from __future__ import annotations
 
-import json
-import platform
-import shutil
-import sys
 import time
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import dsgpt
-from dsgpt.checkpoint import commit
-from dsgpt.checkpoint.reader import CheckpointReader
-from dsgpt.checkpoint.store import find_checkpoint, load_state, save_checkpoint
 from dsgpt.checkpoint.weights import initial_weights
-from dsgpt.config import to_yaml
 from dsgpt.data.dataset import BlockDataset, SampleOrder
 from dsgpt.distributed import World
 from dsgpt.engine import Engine, construct
-from dsgpt.errors import CheckpointError, ConfigError, LockedError, Preempted, SaveError
+from dsgpt.errors import NumericalError, Preempted, Stopped
 from dsgpt.evaluate import Evaluation, evaluate_split
 from dsgpt.model.gpt import GPT
 from dsgpt.model.recompute import apply_activation_checkpointing
 from dsgpt.optimizer import build_optimizer, learning_rate
 from dsgpt.process import StopRequest
+from dsgpt.train.folder import forecast_space, prepare_folder, write_resolved
 from dsgpt.train.left_out import LeftOutSteps
-from dsgpt.train.resolve import ResolvedRun, check_same_run
-from dsgpt.train.state import RunLog, TrainState, write_atomically
-from dsgpt.train.step import StepLoader, StepReport, largest_micro_batch, train_step
+from dsgpt.train.resolve import ResolvedRun
+from dsgpt.train.resume import last_good, open_run, restore, set_later_steps_aside
+from dsgpt.train.save import Controls, record_evaluation, save
+from dsgpt.train.spikes import MAX_ROLLBACKS_IN_A_ROW, LossSpikes
+from dsgpt.train.state import RunLog, TrainState
+from dsgpt.train.step import StepLoader, StepReport, Wishes, largest_micro_batch, train_step
 from dsgpt.units import format_bytes, format_count, format_seconds
-
-MAX_CONSECUTIVE_FAILED_SAVES = 3
+from dsgpt.watchdog import Heartbeat
 
 
 @dataclass
 class Run:
-    """Everything the loop holds on to."""
+    """Everything the loop holds on to. `guard` raises where this job may not commit any more."""
 
     plan: ResolvedRun
     world: World
@@ -54,146 +47,95 @@ class Run:
     stop: StopRequest
     dataset: BlockDataset
     validation: BlockDataset | None
+    spikes: LossSpikes
+    controls: Controls
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    guard: Callable[[], None] = lambda: None
     last_committed: int = -1
+    committed_here: bool = False
     failed_saves: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
+    learning_rate: float | None = None  # of the last step
 
     @property
     def checkpoints_dir(self) -> Path:
         return self.plan.output_dir / "checkpoints"
 
+    @property
+    def loss_scale(self) -> float | None:
+        numbers = self.engine.loss_scale
+        return None if numbers is None else numbers["cur_scale"]
 
-def train(plan: ResolvedRun, world: World, stop: StopRequest) -> TrainState:
-    """Train until `max_steps`, or raise Preempted after committing the step at which a stop was agreed."""
-    changes = _prepare_folder(plan, world)
+    def enter(self, phase: str, times: int = 1) -> None:
+        """Tell the watchdog what comes now, and that it may take so many times run.hang_timeout_seconds."""
+        self.heartbeat.phase(phase, self.state.step, times * self.plan.config.run.hang_timeout_seconds)
+
+    def tell_watchdog(self) -> None:
+        """What belongs into the report of a sudden end."""
+        told = {"last_committed": self.last_committed, "committed_here": self.committed_here}
+        self.heartbeat.tell(use=f"peak {format_bytes(self.engine.peak_memory_bytes())} per rank", **told)
+
+
+def train(
+    plan: ResolvedRun,
+    world: World,
+    stop: StopRequest,
+    heartbeat: Heartbeat | None = None,
+    guard: Callable[[], None] = lambda: None,
+) -> TrainState:
+    """Train until `max_steps`; raises Preempted or Stopped after committing the step at which a stop was agreed."""
+    changes = prepare_folder(plan, world)
     log = RunLog(plan.output_dir, world.attempt, enabled=world.is_main)
     if world.is_main:
         stop.watch(plan.output_dir / "logs" / world.attempt / "stop-request")
     log.event("start", plan.describe(), world_size=world.size, max_steps=plan.max_steps, host=world.host)
-    checkpoint = _choose_checkpoint(plan, world, log)
-    dataset = BlockDataset(plan.dataset_path, "train", plan.config.training.seq_length, plan.config.data.document_mask)
-    run = Run(plan, world, _build_engine(plan, world, log), TrainState(), log, stop, dataset, _validation(plan))
+    continuation = open_run(plan, world, log)
+    run = _build(plan, world, log, stop, heartbeat or Heartbeat(), guard)
     _rehearse(run)
-    if checkpoint is not None:
-        _resume(run, checkpoint)
-        _set_later_steps_aside(run, checkpoint)
+    if continuation.checkpoint is not None:
+        run.enter("read the checkpoint", 3)
+        restore(run, continuation)
+        if not continuation.forked:
+            set_later_steps_aside(run, continuation.checkpoint)
     elif plan.config.model.init_from != "scratch":
-        weights = initial_weights(plan.config.model.init_from, plan.model)
-        run.engine.load(weights.read, ("master",), 0)
-        run.engine.load_buffers(weights.buffers)
-    _write_resolved(run, changes)
+        _read_weights(run)
+    write_resolved(plan, world, log, changes)
     if run.state.step >= plan.max_steps:
         log.event("finished", f"step {run.state.step} of {plan.max_steps} is reached already: nothing to train")
         return run.state
+    forecast_space(plan, run.engine, world, log)
+    run.tell_watchdog()
     _run_steps(run)
     return run.state
 
 
-def _prepare_folder(plan: ResolvedRun, world: World) -> list[str]:
-    """See that the folder can be used and holds no other run; returns what the config changes. Rank 0 only."""
-    error, changes = None, []
-    if world.is_main:
-        try:
-            for name in ("checkpoints", f"logs/{world.attempt}"):
-                (plan.output_dir / name).mkdir(parents=True, exist_ok=True)
-            changes = check_same_run(plan)
-            commit.remove_unfinished(plan.output_dir / "checkpoints")
-        except OSError as problem:
-            error = LockedError(
-                "the run folder cannot be written", seen=str(problem), do="choose another run.output_dir"
-            )
-        except ConfigError as problem:
-            error = problem
-    world.agree(error, "preparing the run's folder")
-    return changes
-
-
-def _write_resolved(run: Run, changes: list[str]) -> None:
-    """Write what is resolved, and keep the tokenizer with the run: after the resume worked, before step 1. Rank 0 only."""
-    error, plan, world = None, run.plan, run.world
-    if world.is_main:
-        try:
-            for difference in changes:
-                run.log.event("config_changed", f"config changed since the last start: {difference}")
-            write_atomically(plan.output_dir / "config.yaml", to_yaml(plan.config))
-            write_atomically(plan.output_dir / "ds_config.json", json.dumps(plan.deepspeed, indent=2) + "\n")
-            write_atomically(plan.output_dir / "environment.json", json.dumps(_environment(world), indent=2) + "\n")
-            if not (plan.output_dir / "tokenizer").exists():
-                tmp = plan.output_dir / ".tmp-tokenizer"
-                shutil.rmtree(tmp, ignore_errors=True)
-                shutil.copytree(plan.dataset_path / plan.dataset.tokenizer.path, tmp)
-                tmp.rename(plan.output_dir / "tokenizer")
-        except OSError as problem:
-            error = LockedError(
-                "the run folder cannot be written", seen=str(problem), do="free space, or choose another"
-            )
-    world.agree(error, "writing the run's config")
-
-
-def _environment(world: World) -> dict[str, Any]:
-    packages = {name: version(name) for name in ("torch", "deepspeed", "transformers", "safetensors", "numpy")}
-    return {"dsgpt": dsgpt.__version__, "python": sys.version.split()[0], **packages} | {
-        "platform": platform.platform(),
-        "host": world.host,
-        "world_size": world.size,
-        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
-    }
-
-
-def _choose_checkpoint(plan: ResolvedRun, world: World, log: RunLog) -> Path | None:
-    """The checkpoint to continue from, or None to start at step 0; never step 0 where the run has committed work."""
-    folder, mode = plan.output_dir / "checkpoints", plan.config.resume
-    if mode == "fresh":
-        if world.broadcast_object(bool(commit.list_committed(folder))):
-            raise ConfigError(
-                "resume=fresh, but the folder holds committed work",
-                seen=str(folder),
-                do="use another run.output_dir, or remove the folder yourself",
-            )
-        return None
-    step = mode if isinstance(mode, int) else None
-    checkpoint, rejected = find_checkpoint(folder, world, plan.config.checkpoint.verify, step)
-    for reason in rejected:
-        log.event("checkpoint_rejected", f"warning: passed over a damaged checkpoint: {reason}", reason=reason)
-    if checkpoint is None and mode == "must":
-        raise CheckpointError("resume=must, but nothing is committed", seen=str(folder), do="resume=auto to start at 0")
-    return checkpoint
-
-
-def _set_later_steps_aside(run: Run, checkpoint: Path) -> None:
-    """Checkpoints after the one we continue from belong to another future: move them out of the way, keep them."""
-    error, folder = None, run.checkpoints_dir
-    if run.world.is_main:
-        try:
-            later = [path for _, path in commit.list_committed(folder) if path.name > checkpoint.name]
-            if later:
-                numbers = [int(path.name.partition("-")[2] or 0) for path in folder.glob("abandoned-*")]
-                aside = folder / f"abandoned-{max(numbers, default=0) + 1}"
-                aside.mkdir()
-                for path in later:
-                    path.rename(aside / path.name)
-                names = [path.name for path in later]
-                run.log.event("set_aside", f"moved {len(later)} later checkpoints to {aside}", steps=names)
-        except OSError as problem:
-            error = LockedError("later checkpoints cannot be set aside", seen=str(problem))
-    run.world.agree(error, "setting later checkpoints aside")
-
-
-def _build_engine(plan: ResolvedRun, world: World, log: RunLog) -> Engine:
+def _build(
+    plan: ResolvedRun,
+    world: World,
+    log: RunLog,
+    stop: StopRequest,
+    heartbeat: Heartbeat,
+    guard: Callable[[], None],
+) -> Run:
+    config = plan.config
+    heartbeat.phase("build the model", 0, 3 * config.run.hang_timeout_seconds)
+    seq_length, document_mask = config.training.seq_length, config.data.document_mask
+    dataset = BlockDataset(plan.dataset_path, "train", seq_length, document_mask)
+    validation = BlockDataset(*plan.validation, seq_length, document_mask) if plan.validation else None
     log.event("building_model")
-    torch.manual_seed(plan.config.run.seed)
+    torch.manual_seed(config.run.seed)
     model = construct(lambda: GPT(plan.model), plan.deepspeed)
-    apply_activation_checkpointing(model, plan.config.training.activation_checkpointing)
-    return Engine(model, build_optimizer(model, plan.config.optimizer), plan.deepspeed, world)
-
-
-def _validation(plan: ResolvedRun) -> BlockDataset | None:
-    if plan.validation is None:
-        return None
-    return BlockDataset(*plan.validation, plan.config.training.seq_length, plan.config.data.document_mask)
+    apply_activation_checkpointing(model, config.training.activation_checkpointing)
+    engine = Engine(model, build_optimizer(model, config.optimizer), plan.deepspeed, world)
+    spikes = LossSpikes(config.training.loss_spike)
+    spikes.skipped = world.broadcast_object(LossSpikes.read(plan.output_dir) if world.is_main else None)
+    controls = Controls(plan.output_dir, enabled=world.is_main)
+    return Run(plan, world, engine, TrainState(), log, stop, dataset, validation, spikes, controls, heartbeat, guard)
 
 
 def _rehearse(run: Run) -> None:
     training = run.plan.config.training
+    run.enter("rehearse", 3)
     run.log.event("rehearsing", "running the largest possible step once, to see that it fits")
     batch = largest_micro_batch(
         run.plan.model.vocab_size, training.seq_length, training.micro_batch_size_per_gpu, run.world.device
@@ -203,86 +145,60 @@ def _rehearse(run: Run) -> None:
     run.log.event("rehearsed", f"it fits: peak memory {format_bytes(peak)} per rank", peak_memory_bytes=peak)
 
 
-def _resume(run: Run, checkpoint: Path) -> None:
-    reader = CheckpointReader(checkpoint)
-    saved = reader.manifest["data"]
-    ours = _data_identity(run)
-    if saved != ours:
-        seen = "; ".join(
-            f"{key}: checkpoint {saved.get(key)}, now {ours[key]}" for key in ours if saved.get(key) != ours[key]
-        )
-        raise CheckpointError(
-            "the samples would not be those the checkpoint's run goes through",
-            seen=seen,
-            do="restore these, or start another run with model.init_from=checkpoint:" + str(checkpoint),
-        )
-    load_state(run.engine, reader)
-    if reader.manifest.get("loss_scale"):
-        run.engine.loss_scale = reader.manifest["loss_scale"]
-    elif run.engine.loss_scale:
-        was, scale = reader.manifest.get("dtype"), _loss_scale(run)
-        run.log.event(
-            "loss_scale_reset", f"the checkpoint is {was} and has no loss scale: starting at {scale:g}", new=scale
-        )
-    run.state = TrainState(**reader.manifest["counters"])
-    run.last_committed = run.state.step
-    text = f"continuing from step {run.state.step} ({checkpoint})"
-    if run.plan.config.model.init_from != "scratch":
-        text += f"; model.init_from={run.plan.config.model.init_from} is ignored"
-    run.log.event("resumed", text, step=run.state.step)
-
-
-def _loss_scale(run: Run) -> float | None:
-    numbers = run.engine.loss_scale
-    return None if numbers is None else numbers["cur_scale"]
-
-
-def _data_identity(run: Run) -> dict[str, Any]:
-    return {
-        "fingerprint": run.plan.dataset.fingerprint,
-        "tokenizer_sha256": run.plan.dataset.tokenizer.sha256,
-        "num_samples": run.dataset.num_samples,
-        "seq_length": run.plan.config.training.seq_length,
-        "global_batch_size": run.plan.config.training.global_batch_size,
-        "document_mask": run.plan.config.data.document_mask,
-        "seed": run.plan.config.run.seed,
-    }
+def _read_weights(run: Run) -> None:
+    """Fill the model from what init_from names; what was read is given back on return."""
+    run.enter("read the weights", 3)
+    weights = initial_weights(run.plan.config.model.init_from, run.plan.model)
+    run.engine.load(weights.read, ("master",), 0)
+    run.engine.load_buffers(weights.buffers)
 
 
 def _run_steps(run: Run) -> None:
     plan, state, world = run.plan, run.state, run.world
     training, seed = plan.config.training, plan.config.run.seed
     order = SampleOrder(run.dataset.num_samples, seed, run.plan.dataset.fingerprint)
-    loader = StepLoader(run.dataset, order, world, training.global_batch_size, training.micro_batch_size_per_gpu)
-    meter, left_out = Meter(), LeftOutSteps(run.log)
+    loader = StepLoader(
+        run.dataset,
+        order,
+        world,
+        training.global_batch_size,
+        training.micro_batch_size_per_gpu,
+        run.spikes.next_start,
+    )
+    meter, evidence = Meter(), plan.output_dir / "logs" / world.attempt
+    left_out = LeftOutSteps(run.log, world, evidence, seed)
     try:
         while state.step < plan.max_steps:
-            lr = learning_rate(plan.config.optimizer, state.step, plan.max_steps)
+            run.enter("load data" if state.step else "load the first data")
+            start, micro_batches = loader.load(state.consumed_samples)
+            run.enter("step")
+            run.learning_rate = learning_rate(plan.config.optimizer, state.step, plan.max_steps)
             report = train_step(
-                run.engine, world, loader.load(state.step), seed=seed, step=state.step, lr=lr, stop=run.stop.poll()
+                run.engine, world, micro_batches, seed=seed, step=state.step, lr=run.learning_rate, wishes=_wishes(run)
             )
-            state.step += 1
-            state.consumed_samples += training.global_batch_size
-            state.consumed_tokens += training.tokens_per_step
-            state.optimizer_steps += report.applied
-            state.skipped_steps += not report.applied
+            _count(run, report, start)
             if meter.steps == 0:
                 run.log.event("first_step", step=state.step, loss=report.loss)
             meter.count(training.tokens_per_step)
-            left_out.check(report, state.step, run.last_committed, _loss_scale(run))
+            samples = order.sample_ids(start, training.global_batch_size)
+            left_out.check(report, state.step, run.last_committed, run.loss_scale, samples)
+            if run.spikes.is_spike(report.loss) and _answer_spike(run, report, start, samples):
+                loader.forget()
+                meter.restart()
+                continue
             last = state.step == plan.max_steps
             if state.step % plan.config.logging.log_interval == 0 or last or state.step == 1:
-                _log_step(run, report, lr, meter)
+                _log_step(run, report, meter)
             # Saved before evaluated: an evaluation that fails or takes long must not cost the checkpoint.
-            if last or report.stop or state.step % plan.config.checkpoint.save_interval == 0:
-                _save(run, required=last or report.stop)
+            stopping = report.wishes.preempt or report.wishes.stop
+            if last or stopping or report.wishes.save or state.step % plan.config.checkpoint.save_interval == 0:
+                save(run, required=last or stopping)
+                run.controls.obeyed("SAVE")
                 meter.restart()
-            if report.stop and not last:
-                raise Preempted(
-                    f"stopped at step {state.step} of {plan.max_steps}, committed",
-                    seen=run.stop.requested or "asked on another rank",
-                    do="start the same command again (without resume=) to continue",
-                )
+            if stopping:
+                run.controls.obeyed("STOP")
+            if stopping and not last:
+                raise _ended(run, report.wishes)
             interval = plan.config.logging.eval_interval
             if last or (interval and state.step % interval == 0):
                 _evaluate(run)
@@ -290,6 +206,61 @@ def _run_steps(run: Run) -> None:
         run.log.event("finished", f"finished: step {state.step}", **state.counters())
     finally:
         loader.close()
+
+
+def _wishes(run: Run) -> Wishes:
+    """What this rank wants to happen after the step; all ranks' wishes are added up."""
+    minutes = run.plan.config.checkpoint.save_interval_minutes
+    due = run.world.is_main and minutes is not None and time.monotonic() - run.saved_at >= 60 * minutes
+    return Wishes(run.stop.poll(), run.controls.asks("STOP"), due or run.controls.asks("SAVE"))
+
+
+def _count(run: Run, report: StepReport, start: int) -> None:
+    state, training = run.state, run.plan.config.training
+    state.step += 1
+    state.consumed_samples = start + training.global_batch_size
+    state.consumed_tokens += training.tokens_per_step
+    state.optimizer_steps += report.applied
+    state.skipped_steps += not report.applied
+
+
+def _ended(run: Run, wishes: Wishes) -> Preempted | Stopped:
+    where = f"stopped at step {run.state.step} of {run.plan.max_steps}, committed"
+    if wishes.preempt:
+        do = "start the same command again (without resume=) to continue"
+        return Preempted(where, seen=run.stop.requested or "asked on another rank", do=do)
+    return Stopped(where, seen="the file STOP in the run folder", do="start the same command again to continue")
+
+
+def _answer_spike(run: Run, report: StepReport, start: int, samples: Sequence[int]) -> bool:
+    """Tell of a spike; with `action: rollback` go back and leave its samples out. Returns whether the run went back."""
+    state, training, config = run.state, run.plan.config.training, run.plan.config.training.loss_spike
+    size = training.global_batch_size
+    run.log.event(
+        "loss_spike",
+        f"warning: loss spike at step {state.step}: {report.loss:.4f}",
+        step=state.step,
+        loss=report.loss,
+        first_sample=start,
+        sample_ids=[int(i) for i in samples],
+    )
+    if config.action == "warn":
+        return False
+    run.spikes.rollbacks += 1
+    if run.spikes.rollbacks > MAX_ROLLBACKS_IN_A_ROW or run.last_committed < 0:
+        raise NumericalError(
+            f"the loss spikes again after {run.spikes.rollbacks - 1} rollbacks"
+            if run.last_committed >= 0
+            else "a loss spike before the first checkpoint: there is nothing to go back to",
+            seen=f"step {state.step}: loss {report.loss}",
+            do="lower optimizer.learning_rate, or look at the samples that the event loss_spike names",
+        )
+    first = max(0, start - (config.skip_steps - 1) * size)
+    run.spikes.skip(run.plan.output_dir, first, start + size - first, write=run.world.is_main)
+    run.log.event("spike_rollback", f"going back to step {run.last_committed} and leaving samples out", first=first)
+    run.enter("read the checkpoint", 3)
+    restore(run, last_good(run))
+    return True
 
 
 class Meter:
@@ -310,8 +281,8 @@ class Meter:
         return rate
 
 
-def _log_step(run: Run, report: StepReport, lr: float, meter: Meter) -> None:
-    rate, state, plan = meter.rate(), run.state, run.plan
+def _log_step(run: Run, report: StepReport, meter: Meter) -> None:
+    rate, state, plan, lr = meter.rate(), run.state, run.plan, run.learning_rate or 0.0
     left = (plan.max_steps - state.step) * plan.config.training.tokens_per_step / max(rate, 1e-9)
     run.log.metrics(
         f"step {state.step}/{plan.max_steps}  loss {report.loss:.4f}  lr {lr:.3g}  grad norm {report.gradient_norm:.3g}  "
@@ -336,7 +307,13 @@ def _evaluate(run: Run) -> Evaluation | None:
     micro_batch = run.plan.config.training.micro_batch_size_per_gpu
     limit = run.plan.config.logging.eval_samples
     run.log.event("evaluating", step=run.state.step)
-    result = evaluate_split(run.engine.evaluate, run.validation, run.world, micro_batch, limit)
+    run.enter("evaluate")
+
+    def batch_loss(batch):
+        run.heartbeat.tick()
+        return run.engine.evaluate(batch)
+
+    result = evaluate_split(batch_loss, run.validation, run.world, micro_batch, limit)
     run.log.event(
         "evaluation",
         f"step {run.state.step}  validation loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
@@ -344,49 +321,5 @@ def _evaluate(run: Run) -> Evaluation | None:
         step=run.state.step,
         **result.as_dict(),
     )
+    record_evaluation(run, result.as_dict())
     return result
-
-
-def _save(run: Run, required: bool) -> None:
-    """Commit the current step on all ranks, then delete what is past keep_last.
-
-    A save that fails is reported and training goes on, unless the run ends here (`required`) or it is the third in a row.
-    """
-    if run.last_committed == run.state.step:
-        return
-    began = time.perf_counter()
-    try:
-        path = save_checkpoint(run.engine, run.world, run.checkpoints_dir, run.world.attempt, _manifest(run))
-    except SaveError as error:
-        run.failed_saves += 1
-        run.log.event("save_failed", f"warning: {error}", step=run.state.step, in_a_row=run.failed_saves)
-        if required or run.failed_saves >= MAX_CONSECUTIVE_FAILED_SAVES:
-            raise
-        return
-    run.last_committed, run.failed_saves = run.state.step, 0
-    seconds = time.perf_counter() - began
-    run.log.event("committed", f"committed {path} in {seconds:.1f} s", step=run.state.step, seconds=seconds)
-    if run.world.is_main:
-        try:
-            deleted = commit.prune(run.checkpoints_dir, run.plan.config.checkpoint.keep_last)
-            if deleted:
-                run.log.event("pruned", steps=deleted)
-        except OSError as error:
-            run.log.event("prune_failed", f"warning: old checkpoints were not deleted: {error}")
-    run.world.barrier()
-
-
-def _manifest(run: Run) -> dict[str, Any]:
-    return {
-        "step": run.state.step,
-        "attempt": run.world.attempt,
-        "counters": run.state.counters(),
-        "data": _data_identity(run),
-        "model": run.plan.model.model_dump(mode="json"),
-        "state_kinds": list(run.engine.state_kinds),
-        "world_size": run.world.size,
-        "zero_stage": run.engine.stage,
-        "dtype": run.plan.config.training.dtype,
-        "loss_scale": run.engine.loss_scale,
-        "versions": {"dsgpt": dsgpt.__version__, "torch": torch.__version__, "deepspeed": version("deepspeed")},
-    }

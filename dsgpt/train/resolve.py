@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dsgpt.checkpoint import commit
-from dsgpt.config import ModelConfig, RunConfig, fill_deepspeed, flatten, to_yaml
+from dsgpt.checkpoint.locate import locate_checkpoint
+from dsgpt.config import ModelConfig, RunConfig, fill_deepspeed
 from dsgpt.data.manifest import DatasetManifest, load_manifest
 from dsgpt.errors import ConfigError, DataError, Problem
-from dsgpt.planning import parameter_count, resolve_auto
-from dsgpt.units import format_count
+from dsgpt.planning import activation_bytes, parameter_count, resolve_auto, state_bytes
+from dsgpt.units import format_bytes, format_count
 
 EXPORTS = {
     "llama": "Hugging Face llama",
@@ -25,8 +24,6 @@ EXPORTS = {
     "gpt2": "Hugging Face gpt2",
     "dsgpt": "dsgpt's own format (no Hugging Face architecture has this combination of model settings)",
 }
-# What makes two starts the same run. Everything else may change when a run is resumed.
-IDENTITY_KEYS = ("model", "run.seed", "training.seq_length", "training.global_batch_size", "data.document_mask")
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,18 @@ class ResolvedRun:
     @property
     def output_dir(self) -> Path:
         return self.config.run.output_dir
+
+    def memory_text(self) -> str:
+        """What one rank was planned to need: the estimates of planning.py, for reports of running out of memory."""
+        t = self.config.training
+        if t.micro_batch_size_per_gpu == "auto" or t.activation_checkpointing == "auto" or t.dtype == "auto":
+            raise ValueError("only a resolved run has a plan")
+        state = state_bytes(self.model, self.config.deepspeed, self.world_size, t.dtype)
+        policy, micro = t.activation_checkpointing, t.micro_batch_size_per_gpu
+        activations = activation_bytes(self.model, t.seq_length, micro, policy, t.dtype)
+        return (
+            f"planned {format_bytes(state)} for the state and {format_bytes(activations)} for a micro-batch, per rank"
+        )
 
     def describe(self) -> str:
         """The arithmetic of the run, for people."""
@@ -124,7 +133,17 @@ def resolve_run(
 
 
 def _dataset_path(config: RunConfig, path: Path) -> Path:
-    return config.data.root / path if config.data.root and not path.is_absolute() else path
+    """Below data.root where that is set: also a path from another machine, of which the longest end that exists is taken.
+
+    What is found is the right data or none: it is known by its fingerprint.
+    """
+    root = config.data.root
+    if root is None or (path.is_absolute() and path.exists()):
+        return path
+    if not path.is_absolute():
+        return root / path
+    ends = (root.joinpath(*path.parts[start:]) for start in range(1, len(path.parts)))
+    return next((end for end in ends if end.exists()), path)
 
 
 def _validation_split(config: RunConfig, train_path: Path, train: DatasetManifest) -> tuple[Path, str] | None:
@@ -154,9 +173,9 @@ def _check_tokenizer(config: RunConfig, dataset: DatasetManifest, dataset_path: 
     wanted: list[tuple[str, str]] = []
     if config.tokenizer.path is not None:
         wanted.append((f"tokenizer.path={config.tokenizer.path}", _tokenizer_hash(config.tokenizer.path)))
-    origin, _, location = config.model.init_from.partition(":")
-    if origin == "checkpoint":
-        manifest = commit.read_manifest(_checkpoint_folder(location))
+    origin, location = _origin(config)
+    if origin in ("checkpoint", "fork"):
+        manifest = commit.read_manifest(locate_checkpoint(location))
         wanted.append((config.model.init_from, manifest["data"]["tokenizer_sha256"]))
     if origin == "hf" and (Path(location) / "tokenizer.json").exists():
         wanted.append((config.model.init_from, _tokenizer_hash(Path(location))))
@@ -179,26 +198,22 @@ def _tokenizer_hash(folder: Path) -> str:
     return Tokenizer.load(folder).sha256
 
 
-def _checkpoint_folder(location: str) -> Path:
-    """A checkpoint, or the newest of a run folder."""
-    path = Path(location)
-    if (path / commit.MANIFEST).exists():
-        return path
-    committed = commit.list_committed(path / "checkpoints")
-    if not committed:
-        raise ConfigError(
-            "model.init_from names no checkpoint",
-            seen=location,
-            do="checkpoint:<run folder> or checkpoint:<its folder>",
-        )
-    return committed[-1][1]
+def _origin(config: RunConfig) -> tuple[str, str]:
+    """What init_from names, as (kind, place); the run's own checkpoints where it has some already.
+
+    What a run started from may be gone by the time it continues.
+    """
+    origin, _, location = config.model.init_from.partition(":")
+    continues = config.resume != "fresh" and commit.list_committed(config.run.output_dir / "checkpoints")
+    return ("checkpoint", str(config.run.output_dir)) if origin != "scratch" and continues else (origin, location)
 
 
 def _model_config(config: RunConfig, dataset: DatasetManifest) -> ModelConfig:
     """The architecture: written in the config, or read from what init_from names."""
-    origin, _, location = config.model.init_from.partition(":")
-    if origin == "checkpoint":
-        return ModelConfig.model_validate(commit.read_manifest(_checkpoint_folder(location))["model"])
+    origin, location = _origin(config)
+    if origin in ("checkpoint", "fork"):
+        saved = ModelConfig.model_validate(commit.read_manifest(locate_checkpoint(location))["model"])
+        return saved.model_copy(update={"dropout": config.model.dropout})
     if origin == "hf":
         from dsgpt.model.hf_import import read_hf_config
 
@@ -209,36 +224,3 @@ def _model_config(config: RunConfig, dataset: DatasetManifest) -> ModelConfig:
 def _with_model(config: RunConfig, model: ModelConfig) -> RunConfig:
     section = config.model.model_copy(update={name: getattr(model, name) for name in ModelConfig.model_fields})
     return config.model_copy(update={"model": section})
-
-
-def check_same_run(run: ResolvedRun) -> list[str]:
-    """Compare with the config.yaml already in the output folder; list harmless differences, refuse identity changes.
-
-    Raises ConfigError when the folder holds another run: other model, seed, data, sequence length or global batch.
-    """
-    path = run.output_dir / "config.yaml"
-    if not path.exists():
-        return []
-    try:
-        before = flatten(yaml.safe_load(path.read_text("utf-8")) or {})
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path} cannot be read",
-            seen=str(error),
-            do="remove that file: it is written anew from the config you give",
-        ) from error
-    now = flatten(yaml.safe_load(to_yaml(run.config)))
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    identity = [key for key in changed if any(key == i or key.startswith(f"{i}.") for i in IDENTITY_KEYS)]
-    if identity:
-        raise ConfigError(
-            problems=[
-                Problem(
-                    f"{run.output_dir} holds another run: {key} differs",
-                    seen=f"there {before.get(key)!r}, now {now.get(key)!r}",
-                    do="use another run.output_dir, or the value the run was started with",
-                )
-                for key in identity
-            ]
-        )
-    return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]

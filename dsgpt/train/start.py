@@ -11,15 +11,18 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dsgpt.checkpoint.commit import list_committed, verify
+from dsgpt.checkpoint import starts
+from dsgpt.checkpoint.commit import attempt_of, list_committed, verify
 from dsgpt.config import LoadedConfig, load_config, split_arguments, to_yaml
-from dsgpt.errors import ConfigError
+from dsgpt.errors import ConfigError, ExitCode
 from dsgpt.launch.follow import Follower
 from dsgpt.launch.hardware import Hardware, detect
 from dsgpt.launch.launcher import Job, JobEnd, launch_command, run_job
-from dsgpt.train.resolve import ResolvedRun, check_same_run, resolve_run
+from dsgpt.train.changes import check_same_run
+from dsgpt.train.resolve import ResolvedRun, resolve_run
 
 CPU_RANKS = 2
 
@@ -99,4 +102,17 @@ def start_run(
     if not quiet:
         for warning in plan.loaded.warnings:
             print(f"warning: {warning}", flush=True)
-    return run_job(plan.job, lambda folder, attempt: Follower(folder, attempt, quiet))
+    end = run_job(plan.job, lambda folder, attempt: Follower(folder, attempt, quiet))
+    return _judge_progress(plan.run.output_dir, end)
+
+
+def _judge_progress(output_dir: Path, end: JobEnd) -> JobEnd:
+    """Three failed starts in a row without a new checkpoint end with 93 instead of 76: another one would not help."""
+    if end.exit_code != ExitCode.INFRASTRUCTURE:
+        return end
+    commits = [(step, attempt_of(path)) for step, path in list_committed(output_dir / "checkpoints")]
+    failed = starts.starts_without_progress(output_dir, starts.read_starts(output_dir), commits)
+    if failed < starts.MAX_STARTS_WITHOUT_PROGRESS:
+        return end
+    message = f"{end.message}\n{failed} starts in a row ended without a new checkpoint: not worth another one as it is"
+    return JobEnd(ExitCode.NO_PROGRESS, message, end.log_file)

@@ -60,6 +60,21 @@ def _ends_within_a_line(path: Path | None) -> bool:
         return file.read(1) != b"\n"
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that count, in the order of their steps: without those that were superseded."""
+    kept: list[dict[str, Any]] = []
+    for text in path.read_text("utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # cut short by a crash
+        if "superseded_after" in line:
+            kept = [earlier for earlier in kept if earlier["step"] <= line["superseded_after"]]
+        else:
+            kept.append(line)
+    return kept
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file whole: a crash or a full disk in between leaves the old one."""
     tmp = path.with_name(f".tmp-{path.name}")
@@ -88,6 +103,11 @@ class RunLog:
         if self.enabled:
             self._metrics.write(time=time.time(), attempt=self.attempt, text=text, **fields)
             say(text)
+
+    def supersede(self, step: int) -> None:
+        """Say in metrics.jsonl that lines of later steps before this one do not count: training goes on from `step`."""
+        if self.enabled:
+            self._metrics.write(time=time.time(), attempt=self.attempt, superseded_after=step)
 
     def event(self, event: str, text: str = "", **fields: Any) -> None:
         if self.enabled:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -23,38 +24,67 @@ _MASK_64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What ranks want to happen after a step: a stop from outside, a stop by the operator, a checkpoint."""
+
+    preempt: bool = False
+    stop: bool = False
+    save: bool = False
+
+
+@dataclass(frozen=True)
 class StepReport:
     """What one step did. `loss` is in nats per target token over all ranks; `data_crc` identifies what was read.
 
-    `applied`, `loss_scale` and `overflow` are the engine's (StepResult).
+    `applied`, `loss_scale` and `overflow` are the engine's (StepResult); `wishes` are those of any rank, the same on all;
+    `local_loss` is this rank's sum over its tokens.
     """
 
     loss: float
     gradient_norm: float
     targets: int
     applied: bool
-    stop: bool
+    wishes: Wishes
     data_crc: int
     loss_scale: float | None = None
     overflow: bool = False
+    local_loss: float = math.nan
 
 
 class StepLoader:
-    """This rank's micro-batches of a step; the next step's are read in the background meanwhile."""
+    """This rank's micro-batches of a step; the next step's are read in the background meanwhile.
 
-    def __init__(self, dataset: BlockDataset, order: SampleOrder, world: World, global_batch: int, micro_batch: int):
+    `next_start` moves the beginning of a step behind samples that are left out.
+    """
+
+    def __init__(
+        self,
+        dataset: BlockDataset,
+        order: SampleOrder,
+        world: World,
+        global_batch: int,
+        micro_batch: int,
+        next_start: Callable[[int], int] = lambda sample: sample,
+    ):
         self.dataset, self.order, self.world = dataset, order, world
-        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.global_batch, self.micro_batch, self.next_start = global_batch, micro_batch, next_start
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dsgpt-data")
         self._next: tuple[int, Future[list[dict[str, np.ndarray]]]] | None = None
 
-    def load(self, step: int) -> list[dict[str, np.ndarray]]:
-        future = self._next[1] if self._next and self._next[0] == step else self._pool.submit(self._read, step)
-        self._next = (step + 1, self._pool.submit(self._read, step + 1))
-        return future.result()
+    def load(self, consumed_samples: int) -> tuple[int, list[dict[str, np.ndarray]]]:
+        """(first sample, micro-batches) of the step that follows so many samples of the run."""
+        start = self.next_start(consumed_samples)
+        future = self._next[1] if self._next and self._next[0] == start else self._pool.submit(self._read, start)
+        following = self.next_start(start + self.global_batch)
+        self._next = (following, self._pool.submit(self._read, following))
+        return start, future.result()
 
-    def _read(self, step: int) -> list[dict[str, np.ndarray]]:
-        ids = self.order.sample_ids(step * self.global_batch, self.global_batch)
+    def forget(self) -> None:
+        """Drop what was read ahead: the run goes on elsewhere."""
+        self._next = None
+
+    def _read(self, start: int) -> list[dict[str, np.ndarray]]:
+        ids = self.order.sample_ids(start, self.global_batch)
         mine = ids.reshape(-1, self.world.size, self.micro_batch)[:, self.world.rank]
         return [collate([self.dataset[int(i)] for i in micro_ids]) for micro_ids in mine]
 
@@ -84,9 +114,9 @@ def train_step(
     seed: int,
     step: int,
     lr: float,
-    stop: bool,
+    wishes: Wishes,
 ) -> StepReport:
-    """Forward and backward for each micro-batch, then one update. `stop` is this rank's wish; the report has everyone's."""
+    """Forward and backward for each micro-batch, then one update. `wishes` are this rank's; the report has everyone's."""
     local_targets = sum(int((arrays["labels"] != -100).sum()) for arrays in micro_batches)
     (targets,) = world.sum(local_targets)
     loss_sum = torch.zeros((), device=world.device)
@@ -96,17 +126,19 @@ def train_step(
         seed_micro_step(seed, step, world.rank, micro_step)
         last = micro_step == len(micro_batches) - 1
         loss_sum += engine.forward_backward(to_tensors(arrays, world.device), targets, last)
-    total, stops, crcs = world.sum(float(loss_sum), float(stop), float(crc))
+    local_loss = float(loss_sum)
+    total, crcs, *wanted = world.sum(local_loss, crc, wishes.preempt, wishes.stop, wishes.save)
     result = engine.step(lr) if math.isfinite(total) else engine.discard()
     return StepReport(
         total / targets,
         result.gradient_norm,
         int(targets),
         result.applied,
-        stops > 0,
+        Wishes(*(number > 0 for number in wanted)),
         int(crcs),
         result.loss_scale,
         result.overflow,
+        local_loss,
     )
 
 

@@ -1,21 +1,29 @@
 """One training process: what `deepspeed --module dsgpt.train RUN.yaml` starts on every rank.
 
 Signal handlers come first, before torch is imported: until then SIGTERM means death. Every end has an exit code of the
-contract in errors.py and leaves a file `logs/<attempt>/end-rank-<n>.json`, from which `dsgpt train` tells the cause even
-when the launcher changed the code.
+contract in errors.py and leaves a file `logs/<attempt>/end-rank-<n>.json`; the first one to know how the job ends writes
+the verdict, `end.json`, and all ranks leave with its code. A watchdog process beside each rank sees to those that cannot.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-from dsgpt.errors import ConfigError, DsgptError, ExitCode, OutOfMemoryError
-from dsgpt.process import StopRequest
+from dsgpt.errors import ConfigError, DsgptError, ExitCode, LockedError, OutOfMemoryError, PeerError
+from dsgpt.lease import LEASE_SECONDS
+from dsgpt.process import StopRequest, keep_allocator_small, rank_of_environment
+from dsgpt.verdict import Verdict, read_verdict, record_verdict
+from dsgpt.watchdog import Heartbeat, start_watchdog
+
+BYSTANDER_SECONDS = 5.0
 
 
 def main(argv: list[str]) -> int:
@@ -25,37 +33,71 @@ def main(argv: list[str]) -> int:
     stop.watch_launcher()
     arguments = [text for text in argv if not text.startswith("--local_rank") and text != "--debug"]
     debug = "--debug" in argv
-    end = _End()
+    end = _End(start_watchdog(rank_of_environment()))
     try:
         _train(arguments, stop, end)
         code, message = ExitCode.DONE, ""
     except DsgptError as error:
         code, message = error.exit_code, str(error)
+        end.bystander, end.cause = isinstance(error, PeerError), error.cause
         if debug:
             traceback.print_exc()
     except BaseException as error:
         code, message = _foreign(error)
+        end.bystander = code == ExitCode.INFRASTRUCTURE and _lost_a_peer(error)
         if code != ExitCode.OUT_OF_MEMORY:
             traceback.print_exc()
-    end.write(code, message)
+    code = end.write(code, message)
     if message and (end.rank == 0 or code not in (ExitCode.PREEMPTED, ExitCode.DONE)):
         print(message, file=sys.stderr, flush=True)
+    if code not in (ExitCode.DONE, ExitCode.PREEMPTED):
+        # Leaving the normal way would wait for collectives that never end.
+        sys.stdout.flush()
+        os._exit(int(code))
     return int(code)
 
 
 class _End:
-    """Writes how this rank ended, once its run folder and rank are known."""
+    """Writes how this rank ended, once its run folder and rank are known, and learns how the job ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        self.heartbeat = heartbeat
         self.folder: Path | None = None
-        self.rank = 0
+        self.rank, self.host = 0, socket.gethostname()
+        self.bystander, self.cause = False, ""
+        self.run: Any = None
 
-    def write(self, code: ExitCode, message: str) -> None:
+    def write(self, code: ExitCode, message: str) -> ExitCode:
+        """Write this rank's end and, where it is the first to know, the job's verdict; returns the job's exit code.
+
+        A rank that only lost its peer leaves the word to the peer's watchdog for some seconds: that one knows the cause.
+        """
         if self.folder is None or not self.folder.is_dir():
-            return
-        text = json.dumps({"rank": self.rank, "exit_code": int(code), "cause": code.name.lower(), "message": message})
+            self.heartbeat.end()
+            return code
+        told = self.heartbeat.information
+        verdict = Verdict(
+            int(code),
+            self.cause or code.name.lower(),
+            message,
+            self.rank if code else -1,
+            self.host if code else "",
+            self.heartbeat.step,
+            self.heartbeat.current_phase,
+            told.get("last_committed", -1),
+            told.get("committed_here", False),
+        )
+        text = json.dumps({"rank": self.rank, "exit_code": int(code), "cause": verdict.cause, "message": message})
         with contextlib.suppress(OSError):  # a full disk must not hide why the run ended: stderr has it too
             (self.folder / f"end-rank-{self.rank:05d}.json").write_text(text + "\n", encoding="utf-8")
+        if self.bystander:
+            until = time.monotonic() + BYSTANDER_SECONDS
+            while read_verdict(self.folder) is None and time.monotonic() < until:
+                time.sleep(0.1)
+        if self.rank == 0 or code not in (ExitCode.DONE, ExitCode.PREEMPTED):
+            verdict = record_verdict(self.folder, verdict)
+        self.heartbeat.end()
+        return ExitCode(verdict.exit_code)
 
 
 def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
@@ -68,8 +110,12 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
     from dsgpt.train.loop import train
     from dsgpt.train.resolve import resolve_run
 
+    timeout = loaded.config.run.hang_timeout_seconds
+    end.heartbeat.phase("meet the other ranks", 0, 3 * timeout)
     engine.prepare_process()
     device = choose_device(loaded.config.device)
+    if device.kind == "cpu":
+        keep_allocator_small()
     world = distributed.start(device.kind)
     end.rank = world.rank
     try:
@@ -82,17 +128,42 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
             gpu_memory_bytes=device.memory_bytes,
             bf16=device.bf16,
         )
-        with distributed.folder_lock(plan.output_dir, world):
-            end.folder = plan.output_dir / "logs" / world.attempt
-            train(plan, world, stop)
+        end.heartbeat.phase("take the run folder", 0, 3 * timeout + LEASE_SECONDS)
+        with distributed.folder_lease(plan.output_dir, world) as lease:
+            log_dir = plan.output_dir / "logs" / world.attempt
+            _make_log_dir(log_dir, world)
+            end.folder = log_dir
+            end.heartbeat.attach(log_dir, world.rank)
+            end.heartbeat.tell(plan=plan.memory_text(), remedies=_remedies(loaded.config))
+            train(plan, world, stop, end.heartbeat, lease.check if lease else lambda: None)
     except Exception as error:
-        raise _explain_memory(error, loaded.config) from error
+        raise _explain_memory(error, loaded.config, end.heartbeat) from error
     finally:
         if sys.exc_info()[0] is None:
             distributed.stop()
 
 
-def _explain_memory(error: Exception, config: Any) -> Exception:
+def _make_log_dir(folder: Path, world: Any) -> None:
+    error = None
+    if world.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            error = LockedError("the run folder cannot be written", str(problem), "choose another run.output_dir")
+    world.agree(error, "making the log folder")
+
+
+def _remedies(config: Any) -> list[str]:
+    """The two cheapest changes that need less memory, as key=value."""
+    micro = config.training.micro_batch_size_per_gpu
+    smaller = micro // 2 if isinstance(micro, int) and micro > 1 else 1
+    changes = [f"training.micro_batch_size_per_gpu={smaller}"] if micro != 1 else []
+    if config.training.activation_checkpointing != "full":
+        changes.append("training.activation_checkpointing=full")
+    return [*changes, "deepspeed=zero3"][:2]
+
+
+def _explain_memory(error: Exception, config: Any, heartbeat: Heartbeat) -> Exception:
     """Turn running out of memory into an error that names the two cheapest changes; other errors pass through."""
     text = str(error)
     if not (
@@ -101,15 +172,11 @@ def _explain_memory(error: Exception, config: Any) -> Exception:
         return error
     if isinstance(error, DsgptError):
         return error
-    micro = config.training.micro_batch_size_per_gpu
-    smaller = micro // 2 if isinstance(micro, int) and micro > 1 else 1
-    changes = [f"training.micro_batch_size_per_gpu={smaller}"] if micro != 1 else []
-    if config.training.activation_checkpointing != "full":
-        changes.append("training.activation_checkpointing=full")
-    changes.append("deepspeed=zero3")
-    return OutOfMemoryError(
-        "out of memory", seen=(text.splitlines() or [type(error).__name__])[0], do=" or ".join(changes[:2])
-    )
+    told = heartbeat.information
+    seen = (text.splitlines() or [type(error).__name__])[0]
+    where = f"in {heartbeat.current_phase!r} at step {heartbeat.step}"
+    use = "; ".join(str(told[key]) for key in ("plan", "use") if key in told)
+    return OutOfMemoryError(f"out of memory {where}", seen=f"{seen} ({use})", do=" or ".join(_remedies(config)))
 
 
 def _foreign(error: BaseException) -> tuple[ExitCode, str]:
@@ -119,3 +186,9 @@ def _foreign(error: BaseException) -> tuple[ExitCode, str]:
     if isinstance(error, (ValueError, TypeError)) and isinstance(error.__cause__, ConfigError):
         return ExitCode.CONFIG, str(error)
     return ExitCode.INFRASTRUCTURE, f"{type(error).__name__}: {error}"
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone: torch says so in a message only."""
+    text = f"{type(error).__name__}: {error}".lower()
+    return any(part in text for part in ("closed by peer", "reset by peer", "distbackenderror", "broken pipe", "nccl"))

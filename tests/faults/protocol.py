@@ -28,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dsgpt.checkpoint import commit as protocol
+from dsgpt.checkpoint.retention import prune
 from tests.frame import Outcome, Row
 
 NUM_SHARDS, SHARD_BYTES, KEEP_LAST = 3, 96 << 10, 2
@@ -47,14 +48,14 @@ def work(folder: Path, rounds: int, commit: Commit, acknowledge: int, prepare: C
     """What the forked process does: start as a job does, then `rounds` times save, acknowledge, prune."""
     attempt = f"{os.getpid():x}"
     protocol.remove_unfinished(folder)
-    protocol.prune(folder, KEEP_LAST)
+    prune(folder, KEEP_LAST)
     committed = protocol.list_committed(folder)
     first = committed[-1][0] + 1 if committed else 1
     prepare()
     for step in range(first, first + rounds):
         save(folder, step, commit, attempt)
         os.write(acknowledge, f"{step}\n".encode())
-        protocol.prune(folder, KEEP_LAST)
+        prune(folder, KEEP_LAST)
 
 
 def trial(

@@ -30,7 +30,7 @@ def wait_for_step(folder: Path, step: int, process, timeout=120):
     while time.monotonic() < deadline:
         file = folder / "metrics.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
-        if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
+        if lines and lines[-1].endswith("}") and json.loads(lines[-1]).get("step", -1) >= step:
             return
         if process.poll() is not None:
             raise AssertionError(f"ended early with {process.returncode}:\n{process.stdout.read()}")

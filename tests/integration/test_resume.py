@@ -44,9 +44,9 @@ def train_here(world, yaml, overrides, stop_after, attempt):
 
 def metrics(folder):
     """step -> what must repeat exactly; a step logged twice (before and after a stop) keeps the last."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keys = ("loss", "learning_rate", "gradient_norm", "data_crc", "consumed_samples")
-    return {line["step"]: [float(line[key]).hex() for key in keys] for line in lines}
+    return {line["step"]: [float(line[key]).hex() for key in keys] for line in lines if "step" in line}
 
 
 def hashes(checkpoint):

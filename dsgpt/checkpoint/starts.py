@@ -1,0 +1,105 @@
+"""The starts of a run, how each ended, and what follows for the next one. Torch-free.
+
+`starts.jsonl` in the run folder has one line per start, written by rank 0 while it holds the lease: which job, what it was
+told to resume from, which commits it saw. With the verdict of each start (verdict.py) three decisions rest on it:
+
+* a commit that the newest start did not see and did not make is of a job that was cut off and went on writing: ignored;
+* `resume=<step>` goes back once per job: a requeue of the same job continues where that job stopped;
+* three starts in a row that end with 76, or without a verdict, and without a new commit are no progress: 93.
+
+Growth: a line is 60 bytes per commit that is kept; a start reads the file once, on rank 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dsgpt.errors import ExitCode
+from dsgpt.verdict import read_verdict
+
+MAX_STARTS_WITHOUT_PROGRESS = 3
+STARTS = "starts.jsonl"
+
+Commit = tuple[int, str]  # step, attempt that made it
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start: `commits` are those it saw, oldest first; `rewound_to` is the step it went back to, if it was told to."""
+
+    attempt: str
+    job: str
+    restarts: int
+    commits: tuple[Commit, ...]
+    rewound_to: int | None = None
+
+
+def record_start(run_dir: Path, start: Start) -> None:
+    """Append one line, forced to storage."""
+    with (run_dir / STARTS).open("a+", encoding="utf-8") as file:
+        if file.tell():
+            file.seek(file.tell() - 1)
+            if file.read(1) != "\n":  # the start before died within its line
+                file.write("\n")
+        file.write(json.dumps({"time": time.time(), **asdict(start)}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_starts(run_dir: Path) -> list[Start]:
+    """All starts, oldest first; a line that was cut short is passed over."""
+    starts = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (run_dir / STARTS).read_text("utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                fields = json.loads(line)
+                commits = tuple((int(step), str(attempt)) for step, attempt in fields["commits"])
+                rewound = fields.get("rewound_to")
+                starts.append(Start(fields["attempt"], fields["job"], fields["restarts"], commits, rewound))
+    return starts
+
+
+def cut_off(starts: Sequence[Start], commits: Sequence[Commit]) -> list[Commit]:
+    """Commits that appeared after the newest start began and that it did not make."""
+    if not starts:
+        return []
+    known = set(starts[-1].commits)
+    return [commit for commit in commits if commit not in known and commit[1] != starts[-1].attempt]
+
+
+def starts_without_progress(run_dir: Path, starts: Sequence[Start], commits: Sequence[Commit]) -> int:
+    """How many starts up to the last one failed, one after the other, without a commit of their own.
+
+    Only 76 and no verdict at all count; any other end, 75 among them, breaks the row: there was nothing to try again.
+    """
+    seen_after = [*(start.commits for start in starts[1:]), tuple(commits)]
+    failed = 0
+    for start, after in reversed([*zip(starts, seen_after, strict=False)]):
+        verdict = read_verdict(run_dir / "logs" / start.attempt)
+        if verdict is not None and verdict.exit_code != ExitCode.INFRASTRUCTURE:
+            break
+        if any(attempt == start.attempt for _, attempt in after):
+            break
+        failed += 1
+    return failed
+
+
+def has_rewound(starts: Sequence[Start], job: str, restarts: int, step: int, commits: Sequence[Commit]) -> bool:
+    """Whether this very job, before its last requeue, went back to that step already, and the later commits are gone.
+
+    Outside a scheduler no job repeats: every command is one of its own.
+    """
+    return any(
+        start.job == job
+        and start.restarts < restarts
+        and start.rewound_to == step
+        and not any(commit in commits for commit in start.commits if commit[0] > step)
+        for start in starts
+        if job
+    )

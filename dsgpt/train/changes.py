@@ -1,0 +1,106 @@
+"""What happens to each config key that was changed since the last start of a run. Torch-free.
+
+`POLICIES` is the table: the first pattern that fits a dotted key counts. *applied*: from the next step on. *refused*: it
+would not be the same run any more (78; start another one, or fork this one with model.init_from=fork:RUN@STEP). *ignored*:
+without effect on a run that continues; a warning says so. `dsgpt config changes` prints it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dsgpt.config import flatten, to_yaml
+from dsgpt.errors import ConfigError, Problem
+from dsgpt.train.resolve import ResolvedRun
+
+Class = Literal["applied", "refused", "ignored"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`pattern` is a shell pattern over dotted keys."""
+
+    pattern: str
+    on_resume: Class
+    why: str
+
+
+POLICIES = (
+    Policy("run.seed", "refused", "sample order and dropout follow from it"),
+    Policy("run.*", "applied", ""),
+    Policy("device", "applied", "the state is read by any device"),
+    Policy("resume", "applied", "it is about one start"),
+    Policy("model.init_from", "ignored", "the checkpoint has the weights"),
+    Policy("model.dropout.*", "applied", ""),
+    Policy("model.*", "refused", "the saved tensors have these shapes and meanings"),
+    Policy("tokenizer.path", "ignored", "the data's tokenizer counts; another one is refused by its hash"),
+    Policy("data.document_mask", "refused", "the samples would be others"),
+    Policy("data.*", "applied", "paths may change, contents not: another fingerprint is refused (65)"),
+    Policy("optimizer.name", "refused", "its state is another one"),
+    Policy("optimizer.momentum", "refused", "its state is another one"),
+    Policy("optimizer.*", "applied", "the learning rate may jump; a start says so"),
+    Policy("training.seq_length", "refused", "the samples would be others"),
+    Policy("training.global_batch_size", "refused", "the samples of a step would be others"),
+    Policy("training.max_steps", "applied", "the schedule stretches or shrinks with the run; a start says so"),
+    Policy("training.num_epochs", "applied", "as max_steps"),
+    Policy("training.max_tokens", "applied", "as max_steps"),
+    Policy("training.*", "applied", ""),
+    Policy("parallel.*", "applied", ""),
+    Policy("parallel", "applied", ""),
+    Policy("deepspeed", "applied", "the state is read at any ZeRO stage and number of ranks"),
+    Policy("checkpoint.*", "applied", ""),
+    Policy("logging.*", "applied", ""),
+)
+
+
+def policy_of(key: str) -> Policy:
+    """The row of the table for a dotted key."""
+    return next(policy for policy in POLICIES if fnmatchcase(key, policy.pattern))
+
+
+def changed_keys(folder: Path, run: ResolvedRun) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (value in the folder's config.yaml, value now). Empty where the folder has none yet."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return {}
+    try:
+        before = flatten(yaml.safe_load(path.read_text("utf-8")) or {})
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        do = "remove that file: it is written anew from the config you give"
+        raise ConfigError(f"{path} cannot be read", seen=str(error), do=do) from error
+    now = flatten(yaml.safe_load(to_yaml(run.config)))
+    # A key that the older config did not have yet was at its default then: no change that anybody made.
+    # Nor is the folder's own place one: it is written as "." there, so that the folder can be moved.
+    keys = sorted(before.keys() - {"run.output_dir"})
+    return {key: (before[key], now.get(key)) for key in keys if before[key] != now.get(key)}
+
+
+def check_same_run(run: ResolvedRun) -> list[str]:
+    """Compare with the config.yaml already in the output folder; list what is applied and ignored.
+
+    Raises ConfigError, with all of them, where a change is refused.
+    """
+    changed = changed_keys(run.output_dir, run)
+    refused = [key for key in changed if policy_of(key).on_resume == "refused"]
+    if refused:
+        raise ConfigError(
+            problems=[
+                Problem(
+                    f"{run.output_dir} holds another run: {key} differs ({policy_of(key).why})",
+                    seen=f"there {changed[key][0]!r}, now {changed[key][1]!r}",
+                    do="use another run.output_dir, or the value the run was started with",
+                )
+                for key in refused
+            ]
+        )
+    lines = []
+    for key, (before, now) in changed.items():
+        ignored = policy_of(key).on_resume == "ignored"
+        note = f" (ignored: {policy_of(key).why})" if ignored else ""
+        lines.append(f"{key}: {before!r} -> {now!r}{note}")
+    return lines

@@ -1,0 +1,238 @@
+"""Which checkpoint a start continues from, and the way back into it.
+
+Never step 0 where the run has committed work; never a checkpoint of a job that was cut off; never silently another one than
+asked for. Rank 0 looks at the folder, all ranks verify, all agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsgpt.checkpoint import commit, starts
+from dsgpt.checkpoint.locate import locate_checkpoint
+from dsgpt.checkpoint.reader import CheckpointReader
+from dsgpt.checkpoint.store import find_checkpoint, load_state
+from dsgpt.distributed import World
+from dsgpt.errors import CheckpointError, ConfigError, DsgptError, LockedError, NoProgressError
+from dsgpt.optimizer import learning_rate
+from dsgpt.train.changes import changed_keys
+from dsgpt.train.folder import versions
+from dsgpt.train.resolve import ResolvedRun
+from dsgpt.train.state import RunLog, TrainState
+from dsgpt.verdict import read_verdict
+
+if TYPE_CHECKING:
+    from dsgpt.train.loop import Run
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Where a start continues: `checkpoint` None is step 0; `forked` says that it is another run's."""
+
+    checkpoint: Path | None
+    forked: bool = False
+
+
+def open_run(plan: ResolvedRun, world: World, log: RunLog) -> Continuation:
+    """Choose the checkpoint to continue from and record this start. Raises ConfigError, CheckpointError, NoProgressError."""
+    error, told = None, None
+    if world.is_main:
+        try:
+            told = _look(plan, world, log)
+        except OSError as problem:
+            error = LockedError("the run folder cannot be read or written", seen=str(problem))
+        except DsgptError as problem:
+            error = problem
+    world.agree(error, "opening the run's folder")
+    candidates, step = world.broadcast_object(told)
+    folder, mode = plan.output_dir / "checkpoints", plan.config.resume
+    if not candidates and step is None and plan.config.model.init_from.startswith("fork:"):
+        source = locate_checkpoint(plan.config.model.init_from.removeprefix("fork:"))
+        number = int(commit.read_manifest(source)["step"])
+        return Continuation(find_checkpoint([(number, source)], world, plan.config.checkpoint.verify)[0], forked=True)
+    wanted = [(number, Path(path)) for number, path in candidates if step is None or number == step]
+    if step is not None and not wanted:
+        raise CheckpointError(f"no committed checkpoint of step {step}", seen=str(folder))
+    checkpoint, rejected = find_checkpoint(wanted, world, plan.config.checkpoint.verify)
+    for reason in rejected:
+        log.event("checkpoint_rejected", f"warning: passed over a damaged checkpoint: {reason}", reason=reason)
+    if checkpoint is None and mode == "must":
+        raise CheckpointError("resume=must, but nothing is committed", seen=str(folder), do="resume=auto to start at 0")
+    if checkpoint is None and candidates is not None and world.restarts:
+        log.event("nothing_committed", "requeued before anything was committed: starting at step 0")
+    return Continuation(checkpoint)
+
+
+def _look(plan: ResolvedRun, world: World, log: RunLog) -> tuple[list[tuple[int, str]], int | None]:
+    """Rank 0's part: the commits that count, the step asked for; this start is recorded."""
+    folder, mode = plan.output_dir / "checkpoints", plan.config.resume
+    committed = commit.list_committed(folder)
+    earlier = starts.read_starts(plan.output_dir)
+    made_by = {path: commit.attempt_of(path) for _, path in committed}
+    if mode == "fresh" and committed:
+        raise ConfigError(
+            "resume=fresh, but the folder holds committed work",
+            seen=str(folder),
+            do="use another run.output_dir, or remove the folder yourself",
+        )
+    if mode != "fresh" and world.restarts and not earlier:
+        raise CheckpointError(
+            "the job was requeued, but its run folder does not know of an earlier start",
+            seen=f"{plan.output_dir} has no {starts.STARTS}, and this is restart {world.restarts} of job {world.job}",
+            do="bring the folder back; if it never trained, resume=fresh",
+        )
+    commits = [(step, made_by[path]) for step, path in committed]
+    failed = starts.starts_without_progress(plan.output_dir, earlier, commits)
+    if failed >= starts.MAX_STARTS_WITHOUT_PROGRESS:
+        raise NoProgressError(
+            f"the last {failed} starts ended without a new checkpoint",
+            seen=_last_verdict(plan.output_dir, earlier),
+            do="look at their logs; the next start tries again",
+        )
+    foreign = starts.cut_off(earlier, commits)
+    if foreign:
+        paths = [path for step, path in committed if (step, made_by[path]) in foreign]
+        aside = commit.set_aside(folder, paths)
+        names = ", ".join(path.name for path in paths)
+        log.event("cut_off_commits", f"warning: {names}: of a job that was cut off, moved to {aside.name}", steps=names)
+        committed = [entry for entry in committed if entry[1] not in paths]
+    step = mode if isinstance(mode, int) else None
+    if step is not None and starts.has_rewound(earlier, world.job, world.restarts, step, commits):
+        log.event("rewound_before", f"resume={step} was for the first start of job {world.job}: continuing")
+        step = None
+    seen = tuple((number, made_by[path]) for number, path in committed)
+    starts.record_start(plan.output_dir, starts.Start(world.attempt, world.job, world.restarts, seen, step))
+    return [(number, str(path)) for number, path in committed], step
+
+
+def _last_verdict(folder: Path, earlier: list[starts.Start]) -> str:
+    verdict = read_verdict(folder / "logs" / earlier[-1].attempt)
+    return f"attempt {earlier[-1].attempt}: {verdict.message if verdict else 'ended without a verdict'}"
+
+
+def last_good(run: Run) -> Continuation:
+    """The newest checkpoint that verifies, of a run that is under way."""
+    committed = commit.list_committed(run.checkpoints_dir) if run.world.is_main else None
+    told = run.world.broadcast_object(committed and [(step, str(path)) for step, path in committed])
+    candidates = [(step, Path(path)) for step, path in told]
+    checkpoint, rejected = find_checkpoint(candidates, run.world, run.plan.config.checkpoint.verify)
+    for reason in rejected:
+        run.log.event("checkpoint_rejected", f"warning: passed over a damaged checkpoint: {reason}", reason=reason)
+    if checkpoint is not None:
+        set_later_steps_aside(run, checkpoint)
+    return Continuation(checkpoint)
+
+
+def set_later_steps_aside(run: Run, checkpoint: Path) -> None:
+    """Checkpoints after the one we continue from belong to another future: move them out of the way, keep them.
+
+    The metrics of these steps are superseded: a line in metrics.jsonl says so, to whoever draws them.
+    """
+    error, folder = None, run.checkpoints_dir
+    if run.world.is_main:
+        try:
+            later = [path for _, path in commit.list_committed(folder) if path.name > checkpoint.name]
+            if later:
+                aside = commit.set_aside(folder, later)
+                names = [path.name for path in later]
+                run.log.event("set_aside", f"moved {len(later)} later checkpoints to {aside}", steps=names)
+        except OSError as problem:
+            error = LockedError("later checkpoints cannot be set aside", seen=str(problem))
+    run.world.agree(error, "setting later checkpoints aside")
+
+
+def restore(run: Run, continuation: Continuation) -> None:
+    """Bring weights, moments, counters and loss scale back. Raises CheckpointError where the samples would be others."""
+    assert continuation.checkpoint is not None
+    reader = CheckpointReader(continuation.checkpoint)
+    if continuation.forked:
+        _list_fork(run, continuation.checkpoint, reader.manifest)
+    else:
+        _require_same_data(run, reader)
+    _compare_versions(run, reader.manifest)
+    load_state(run.engine, reader)
+    if reader.manifest.get("loss_scale"):
+        run.engine.loss_scale = reader.manifest["loss_scale"]
+    elif run.engine.loss_scale:
+        was, scale = reader.manifest.get("dtype"), run.loss_scale
+        run.log.event(
+            "loss_scale_reset", f"the checkpoint is {was} and has no loss scale: starting at {scale:g}", new=scale
+        )
+    run.state = TrainState(**reader.manifest["counters"])
+    run.spikes.restore(reader.manifest.get("recent_losses", []))
+    _compare_learning_rate(run, reader.manifest)
+    text = f"continuing from step {run.state.step} ({continuation.checkpoint})"
+    if continuation.forked:
+        text = f"forked from {continuation.checkpoint} at step {run.state.step}, with all its state"
+    else:
+        run.last_committed = run.state.step
+        if run.plan.config.model.init_from != "scratch":
+            text += f"; model.init_from={run.plan.config.model.init_from} is ignored"
+    run.log.event("resumed", text, step=run.state.step)
+    run.log.supersede(run.state.step)
+
+
+def data_identity(run: Run) -> dict[str, Any]:
+    """What decides which samples a step has; saved with every checkpoint."""
+    return {
+        "fingerprint": run.plan.dataset.fingerprint,
+        "tokenizer_sha256": run.plan.dataset.tokenizer.sha256,
+        "num_samples": run.dataset.num_samples,
+        "seq_length": run.plan.config.training.seq_length,
+        "global_batch_size": run.plan.config.training.global_batch_size,
+        "document_mask": run.plan.config.data.document_mask,
+        "seed": run.plan.config.run.seed,
+    }
+
+
+def _data_differences(run: Run, saved: dict[str, Any]) -> list[str]:
+    ours = data_identity(run)
+    return [f"{key}: checkpoint {saved.get(key)}, now {ours[key]}" for key in ours if saved.get(key) != ours[key]]
+
+
+def _require_same_data(run: Run, reader: CheckpointReader) -> None:
+    differences = _data_differences(run, reader.manifest["data"])
+    if differences:
+        raise CheckpointError(
+            "the samples would not be those the checkpoint's run goes through",
+            seen="; ".join(differences),
+            do=f"restore these, or continue on other data in another folder: model.init_from=fork:{reader.path}",
+        )
+
+
+def _list_fork(run: Run, checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Say what differs from the run that is forked: its config where that lies beside it, and its data."""
+    changed = changed_keys(checkpoint.parent.parent, run.plan)
+    lines = [f"{key}: {before!r} -> {now!r}" for key, (before, now) in changed.items()]
+    lines += _data_differences(run, manifest["data"])
+    run.log.event("forked", f"differs from the forked run in: {'; '.join(lines) or 'nothing'}", differences=lines)
+
+
+def _compare_versions(run: Run, manifest: dict[str, Any]) -> None:
+    saved, ours = manifest.get("versions", {}), versions()
+    differ = [f"{name} {saved.get(name)} -> {ours[name]}" for name in ours if saved.get(name) != ours[name]]
+    if not differ:
+        return
+    if run.plan.config.run.strict_versions:
+        raise ConfigError(
+            "the checkpoint was made with other versions", seen="; ".join(differ), do="run.strict_versions=false"
+        )
+    run.log.event("versions_changed", f"warning: other versions than the checkpoint's: {'; '.join(differ)}")
+
+
+def _compare_learning_rate(run: Run, manifest: dict[str, Any]) -> None:
+    """Warn where the schedule as it is now would have given the last step another learning rate than it had."""
+    was, step = manifest.get("learning_rate"), run.state.step
+    if was is None or step < 1:
+        return
+    before = learning_rate(run.plan.config.optimizer, step - 1, run.plan.max_steps)
+    if abs(before - was) > 1e-9 * max(abs(before), abs(was)):
+        now = learning_rate(run.plan.config.optimizer, step, run.plan.max_steps)
+        run.log.event(
+            "learning_rate_changed",
+            f"warning: the learning rate goes on at {now:.4g}; step {step} had {was:.4g} before the config was changed",
+            old=was,
+            new=now,
+        )

@@ -1,0 +1,113 @@
+"""Committing the current step, and what stays on the disk afterwards.
+
+A save that fails is reported and training goes on, unless the run ends here or it is the third in a row. Retention runs on
+rank 0 after the commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsgpt.checkpoint import retention
+from dsgpt.checkpoint.store import save_checkpoint
+from dsgpt.errors import SaveError
+from dsgpt.train.folder import versions
+from dsgpt.train.resume import data_identity
+
+if TYPE_CHECKING:
+    from dsgpt.train.loop import Run
+
+MAX_CONSECUTIVE_FAILED_SAVES = 3
+POLL_SECONDS = 1.0
+
+
+class Controls:
+    """The files a person touches in the run folder: SAVE commits the current step, STOP commits and ends the run well.
+
+    Rank 0 looks once a second at most, and removes a file once it is obeyed.
+    """
+
+    def __init__(self, folder: Path, enabled: bool):
+        self._folder, self._enabled = folder, enabled
+        self._looked, self._found = 0.0, {"SAVE": False, "STOP": False}
+
+    def asks(self, name: str) -> bool:
+        if self._enabled and time.monotonic() - self._looked >= POLL_SECONDS:
+            self._looked = time.monotonic()
+            self._found = {name: (self._folder / name).exists() for name in self._found}
+        return self._found[name]
+
+    def obeyed(self, name: str) -> None:
+        if self._enabled:
+            self._found[name] = False
+            with contextlib.suppress(FileNotFoundError):
+                (self._folder / name).unlink()
+
+
+def save(run: Run, required: bool) -> None:
+    """Commit the current step on all ranks, then delete what the settings do not keep.
+
+    Raises SaveError where the save fails and is `required` or the third in a row; LockedError where the folder was lost.
+    """
+    if run.last_committed == run.state.step:
+        return
+    began = time.perf_counter()
+    run.enter("save", 3)
+    try:
+        path, retries = save_checkpoint(
+            run.engine, run.world, run.checkpoints_dir, run.world.attempt, manifest(run), run.guard
+        )
+    except SaveError as error:
+        run.failed_saves += 1
+        run.log.event("save_failed", f"warning: {error}", step=run.state.step, in_a_row=run.failed_saves)
+        if required or run.failed_saves >= MAX_CONSECUTIVE_FAILED_SAVES:
+            raise
+        return
+    run.last_committed, run.failed_saves, run.saved_at = run.state.step, 0, time.monotonic()
+    run.committed_here, run.spikes.rollbacks = True, 0
+    if retries:
+        text = f"warning: {retries} writes of step {run.state.step} failed and were tried again with success"
+        run.log.event("save_retried", text, step=run.state.step, retries=retries)
+    seconds = time.perf_counter() - began
+    run.log.event("committed", f"committed {path} in {seconds:.1f} s", step=run.state.step, seconds=seconds)
+    if run.world.is_main:
+        settings = run.plan.config.checkpoint
+        try:
+            deleted = retention.prune(run.checkpoints_dir, settings.keep_last, settings.keep_every, settings.keep_best)
+            if deleted:
+                run.log.event("pruned", steps=deleted)
+        except OSError as error:
+            run.log.event("prune_failed", f"warning: old checkpoints were not deleted: {error}")
+    run.tell_watchdog()
+    run.world.barrier()
+
+
+def record_evaluation(run: Run, result: dict[str, Any]) -> None:
+    """Keep the validation result with the checkpoint of this step, where there is one. Rank 0 only."""
+    if run.world.is_main and run.last_committed == run.state.step:
+        try:
+            retention.record_evaluation(run.checkpoints_dir / f"step-{run.state.step:08d}", result)
+        except OSError as error:
+            run.log.event("evaluation_not_kept", f"warning: the evaluation was not kept with its checkpoint: {error}")
+
+
+def manifest(run: Run) -> dict[str, Any]:
+    return {
+        "step": run.state.step,
+        "attempt": run.world.attempt,
+        "counters": run.state.counters(),
+        "learning_rate": run.learning_rate,
+        "recent_losses": run.spikes.recent,
+        "skipped_samples": run.spikes.skipped,
+        "data": data_identity(run),
+        "model": run.plan.model.model_dump(mode="json"),
+        "state_kinds": list(run.engine.state_kinds),
+        "world_size": run.world.size,
+        "zero_stage": run.engine.stage,
+        "dtype": run.plan.config.training.dtype,
+        "loss_scale": run.engine.loss_scale,
+        "versions": versions(),
+    }

@@ -1,0 +1,83 @@
+"""How a job ends, said once: `logs/<attempt>/end.json`, the verdict. Torch-free.
+
+Whoever first knows the cause (a rank, its watchdog) creates the file and one event in events.jsonl; all others read it and
+leave with its code. A scheduler's own exit codes tell nothing: launchers change them, and kill the slow ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dsgpt.errors import ExitCode
+
+END = "end.json"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a start ended. `cause` is a word; `rank` and `host` are those of the process that failed first, -1 and "" of none.
+
+    `requeue` says whether another start is worth trying without a person: after 75 and 76, and after 77 where this start
+    committed something, since it fitted then.
+    """
+
+    exit_code: int
+    cause: str
+    message: str = ""
+    rank: int = -1
+    host: str = ""
+    step: int = -1
+    phase: str = ""
+    last_committed: int = -1
+    committed_here: bool = False
+
+    @property
+    def requeue(self) -> bool:
+        return self.exit_code in (ExitCode.PREEMPTED, ExitCode.INFRASTRUCTURE) or (
+            self.exit_code == ExitCode.OUT_OF_MEMORY and self.committed_here
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "requeue": self.requeue}
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any]) -> Verdict:
+        return cls(**{name: fields[name] for name in cls.__dataclass_fields__ if name in fields})
+
+
+def record_verdict(log_dir: Path, verdict: Verdict) -> Verdict:
+    """Create the verdict's file, and its event, unless there is one; returns the one in force."""
+    fields = {"time": time.time(), **verdict.as_dict()}
+    if write_once(log_dir / END, fields):
+        line = {"attempt": log_dir.name, "event": "end", "text": verdict.message, **fields}
+        with contextlib.suppress(OSError), (log_dir.parent.parent / "events.jsonl").open("ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")
+    return read_verdict(log_dir) or verdict
+
+
+def write_once(path: Path, value: Mapping[str, Any]) -> bool:
+    """Create a JSON file whole; False when it is there already or cannot be written."""
+    tmp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        tmp.write_text(json.dumps(value) + "\n", "utf-8")
+        os.link(tmp, path)
+        return True
+    except OSError:  # also a full disk: it must not hide why the run ended, stderr has it too
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
+
+
+def read_verdict(log_dir: Path) -> Verdict | None:
+    try:
+        return Verdict.parse(json.loads((log_dir / END).read_text("utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None

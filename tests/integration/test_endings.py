@@ -1,0 +1,236 @@
+"""How a job ends when something goes wrong in one rank: found, told with its cause, and nothing of it left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dsgpt.checkpoint import commit
+from dsgpt.errors import ExitCode
+from tests.integration.test_launch import DSGPT, processes_of, start, wait_for_step, wait_until_gone
+
+HANG_SECONDS = 6
+
+
+def ranks_of(yaml: Path) -> dict[int, int]:
+    """rank -> process id of the ranks of a job."""
+    found = {}
+    for pid in processes_of(str(yaml)):
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        rank = next((v[5:] for v in variables if v.startswith(b"RANK=")), None)
+        if rank is not None and b"launcher" not in command and b"watchdog" not in command:
+            found[int(rank)] = pid
+    return found
+
+
+def watchdogs() -> list[int]:
+    return processes_of("dsgpt.watchdog")
+
+
+def events(folder: Path, name: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == name]
+
+
+def verdict(folder: Path) -> dict:
+    (path,) = (folder / "logs").glob("*/end.json")
+    return json.loads(path.read_text())
+
+
+def stacks(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (folder / "logs").glob("*/stacks-rank-*.txt")}
+
+
+@pytest.fixture()
+def running(write_run, tmp_path):
+    """A job under `dsgpt train` that has made five steps and committed; gone at the end whatever happens."""
+    yaml = write_run(
+        "ending",
+        **{
+            "training.max_steps": 100000,
+            "checkpoint.save_interval": 3,
+            "checkpoint.keep_last": 2,
+            "run.hang_timeout_seconds": HANG_SECONDS,
+        },
+    )
+    process = start([*DSGPT, "train", str(yaml)])
+    wait_for_step(tmp_path / "ending", 5, process)
+    yield yaml, process, tmp_path / "ending"
+    process.kill()
+    for pid in processes_of(str(yaml)):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_whole_job_and_is_named(running, rank):
+    yaml, process, folder = running
+    os.kill(ranks_of(yaml)[rank], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 76, output
+    wait_until_gone(yaml, 5)
+    assert not watchdogs()
+    told = verdict(folder)
+    assert (told["cause"], told["rank"], told["exit_code"], told["requeue"]) == ("rank_died", rank, 76, True)
+    assert told["host"] and told["step"] >= 5 and told["last_committed"] >= 3
+    assert f"rank {rank} on " in output and "was killed or crashed" in output
+    (event,) = events(folder, "end")
+    assert event["cause"] == "rank_died" and event["rank"] == rank
+    assert not commit.verify(commit.list_committed(folder / "checkpoints")[-1][1])
+
+
+def test_a_stopped_rank_is_found_hanging_with_stacks_of_the_living(running):
+    yaml, process, folder = running
+    os.kill(ranks_of(yaml)[1], signal.SIGSTOP)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 76, output
+    assert time.monotonic() - began < HANG_SECONDS + 30, "not a bound that is promised here, only that it ends"
+    wait_until_gone(yaml, 5)
+    assert not watchdogs()
+    told = verdict(folder)
+    assert (told["cause"], told["rank"]) == ("hang", 1), told
+    assert "stopped by a signal" in told["message"]
+    assert "train_step" in stacks(folder)["stacks-rank-00000.txt"], "the rank that waits tells where"
+
+
+FAULTY = """
+import os, re, sys, time
+from dsgpt.train import loop, save, step
+from dsgpt.train.worker import main
+
+kind, rank = os.environ["FAULT"], os.environ["RANK"]
+steps = 0
+
+def hold_the_lock():
+    re.match("(a+)+b", "a" * 60)  # exponential, in C, without ever giving up the interpreter's lock
+
+def faulty(original):
+    def call(*arguments, **named):
+        global steps
+        steps += 1
+        if steps == 4 and rank == "1":
+            if kind == "gil":
+                hold_the_lock()
+            if kind == "raise":
+                raise RuntimeError("an error of one rank alone")
+            if kind == "exit":
+                os._exit(0)
+            if kind == "leave":
+                import atexit
+                atexit.register(time.sleep, 1000)
+                raise RuntimeError("an error, and then an exit that hangs")
+            if kind == "abort":
+                os.abort()
+            if kind == "data":
+                time.sleep(1000)
+        return original(*arguments, **named)
+    return call
+
+if kind == "data":
+    step.StepLoader._read = faulty(step.StepLoader._read)
+elif kind == "save":
+    def broken(*arguments):
+        if rank == "1":
+            raise RuntimeError("this rank cannot write")
+        return original(*arguments)
+    from dsgpt.checkpoint import store
+    original, store._write_partition = store._write_partition, broken
+else:
+    loop.train_step = faulty(loop.train_step)
+sys.exit(main(sys.argv[1:]))
+"""
+
+CASES = {
+    "gil": ("hang", 1, "stuck in 'step'"),
+    "data": ("hang", 1, "stuck in 'load data'"),
+    "raise": ("infrastructure", 1, "an error of one rank alone"),
+    "leave": ("infrastructure", 1, "an exit that hangs"),
+    "exit": ("rank_died", 1, "was killed or crashed in 'step'"),
+    "abort": ("rank_died", 1, "was killed or crashed in 'step'"),
+}
+
+
+@pytest.mark.parametrize("kind", [*CASES])
+def test_a_fault_of_one_rank_ends_both_with_its_cause(write_run, tmp_path, kind):
+    """Two ranks without any launcher, as under srun: nobody but they and their watchdogs can end the job."""
+    cause, rank, text = CASES[kind]
+    settings = {"training.max_steps": 1000, "checkpoint.save_interval": 2, "run.hang_timeout_seconds": HANG_SECONDS}
+    yaml = write_run("faulty", **settings)
+    codes = run_two_ranks(yaml, tmp_path, kind)
+    folder = tmp_path / "faulty"
+    told = verdict(folder)
+    assert (told["cause"], told["rank"], told["exit_code"]) == (cause, rank, 76), told
+    assert text in told["message"]
+    assert all(code in (76, -signal.SIGKILL, -signal.SIGABRT) or (kind == "exit" and code == 0) for code in codes)
+    assert told["last_committed"] == 2
+    assert len(events(folder, "end")) == 1
+    assert not watchdogs()
+
+
+def test_a_rank_that_cannot_save_is_told_of_and_the_run_ends_after_three(write_run, tmp_path):
+    yaml = write_run("faulty", **{"training.max_steps": 1000, "checkpoint.save_interval": 2})
+    assert run_two_ranks(yaml, tmp_path, "save") == [76, 76]
+    failed = events(tmp_path / "faulty", "save_failed")
+    assert [event["in_a_row"] for event in failed] == [1, 2, 3]
+    assert "rank 1: this rank cannot write" in failed[0]["text"]
+    assert verdict(tmp_path / "faulty")["cause"] == "save_failed"
+
+
+def run_two_ranks(yaml: Path, folder: Path, fault: str) -> list[int]:
+    from dsgpt.process import free_port
+
+    script = folder / "faulty.py"
+    script.write_text(FAULTY)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+    processes = [
+        start(
+            [sys.executable, str(script), str(yaml)],
+            **common,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            DS_ACCELERATOR="cpu",
+            FAULT=fault,
+            DSGPT_ATTEMPT="a1",
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            process.communicate(timeout=120)
+        return [process.returncode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_three_starts_without_a_commit_end_with_93_and_the_next_one_tries_again(write_run, tmp_path):
+    """A run that dies before its first commit, three times; a stop in between (75) would not have counted."""
+    from dsgpt.checkpoint import starts
+    from dsgpt.checkpoint.starts import Start
+    from dsgpt.verdict import Verdict, record_verdict
+
+    yaml = write_run("stuck", **{"training.max_steps": 4})
+    folder = tmp_path / "stuck"
+    ends = [Verdict(76, "hang"), None, Verdict(76, "rank_died")]
+    for number, end in enumerate(ends):
+        (folder / "logs" / f"a{number}").mkdir(parents=True)
+        starts.record_start(folder, Start(f"a{number}", "7", number, ()))
+        if end:
+            record_verdict(folder / "logs" / f"a{number}", end)
+    process = start([*DSGPT, "train", str(yaml)])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.NO_PROGRESS, output
+    assert "the last 3 starts ended without a new checkpoint" in output
+    process = start([*DSGPT, "train", str(yaml)])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
