@@ -84,6 +84,13 @@ def _look(plan: ResolvedRun, world: World, log: RunLog) -> tuple[list[tuple[int,
             do="bring the folder back; if it never trained, resume=fresh",
         )
     commits = [(step, made_by[path]) for step, path in committed]
+    foreign = starts.cut_off(earlier, commits)
+    seen = tuple(one for one in commits if one not in foreign)
+    step = mode if isinstance(mode, int) else None
+    if step is not None and starts.has_rewound(earlier, world.job, world.restarts, step, commits):
+        log.event("rewound_before", f"resume={step} was for the first start of job {world.job}: continuing")
+        step = None
+    starts.record_start(plan.output_dir, starts.Start(world.attempt, world.job, world.restarts, seen, step))
     failed = starts.starts_without_progress(plan.output_dir, earlier, commits)
     if failed >= starts.MAX_STARTS_WITHOUT_PROGRESS:
         raise NoProgressError(
@@ -91,19 +98,12 @@ def _look(plan: ResolvedRun, world: World, log: RunLog) -> tuple[list[tuple[int,
             seen=_last_verdict(plan.output_dir, earlier),
             do="look at their logs; the next start tries again",
         )
-    foreign = starts.cut_off(earlier, commits)
     if foreign:
-        paths = [path for step, path in committed if (step, made_by[path]) in foreign]
+        paths = [path for number, path in committed if (number, made_by[path]) in foreign]
         aside = commit.set_aside(folder, paths)
         names = ", ".join(path.name for path in paths)
         log.event("cut_off_commits", f"warning: {names}: of a job that was cut off, moved to {aside.name}", steps=names)
         committed = [entry for entry in committed if entry[1] not in paths]
-    step = mode if isinstance(mode, int) else None
-    if step is not None and starts.has_rewound(earlier, world.job, world.restarts, step, commits):
-        log.event("rewound_before", f"resume={step} was for the first start of job {world.job}: continuing")
-        step = None
-    seen = tuple((number, made_by[path]) for number, path in committed)
-    starts.record_start(plan.output_dir, starts.Start(world.attempt, world.job, world.restarts, seen, step))
     return [(number, str(path)) for number, path in committed], step
 
 

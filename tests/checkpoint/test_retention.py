@@ -1,0 +1,76 @@
+"""What stays on the disk and what goes; RUN@STEP and RUN@best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dsgpt.checkpoint import commit, retention
+from dsgpt.checkpoint.locate import locate_checkpoint
+from dsgpt.errors import CheckpointError
+
+
+def save(folder: Path, step: int, loss: float | None = None) -> Path:
+    tmp = commit.begin(folder, step, "a")
+    (tmp / "rank-00000.safetensors").write_bytes(b"%d" % step)
+    path = commit.commit(folder, tmp, {"step": step, "files": commit.hash_files(tmp, ["rank-00000.safetensors"])})
+    if loss is not None:
+        retention.record_evaluation(path, {"loss": loss})
+    return path
+
+
+def steps(folder: Path) -> list[int]:
+    return [step for step, _ in commit.list_committed(folder)]
+
+
+def test_the_newest_every_nth_the_best_and_the_pinned_stay(tmp_path):
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 2.5, 50: None, 60: 2.0, 70: None}
+    for step, loss in losses.items():
+        save(tmp_path, step, loss)
+    (tmp_path / "step-00000010" / retention.PIN).touch()
+    assert retention.prune(tmp_path, 2, keep_every=25, keep_best=True) == [30, 40]
+    assert steps(tmp_path) == [10, 20, 50, 60, 70]
+    assert retention.prune(tmp_path, 0) == []
+    assert retention.prune(tmp_path, 1) == [20, 50, 60]
+    assert steps(tmp_path) == [10, 70]
+
+
+def test_the_newest_good_checkpoint_never_goes(tmp_path):
+    """T109: the two newest are damaged, so the one before them is what the run would continue from."""
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    for step in (3, 4):
+        (tmp_path / f"step-0000000{step}" / "rank-00000.safetensors").write_bytes(b"short of it")
+    assert retention.prune(tmp_path, 1) == [1, 3]
+    assert steps(tmp_path) == [2, 4]
+
+
+def test_what_a_crashed_delete_left_is_cleaned_up(tmp_path):
+    """T108."""
+    save(tmp_path, 1)
+    (tmp_path / ".trash-step-00000000-77").mkdir()
+    retention.prune(tmp_path, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_loss_that_is_not_finite_or_not_readable_is_never_the_best(tmp_path):
+    save(tmp_path, 1, float("nan"))
+    save(tmp_path, 2, 4.0)
+    save(tmp_path, 3, 4.0)
+    (save(tmp_path, 4) / retention.EVALUATION).write_text('{"loss": "low"}')
+    assert retention.best(commit.list_committed(tmp_path)) == (2, tmp_path / "step-00000002")
+
+
+def test_a_run_a_step_and_the_best_are_found_by_name(tmp_path):
+    for step, loss in ((5, 2.0), (10, 1.0), (15, 3.0)):
+        save(tmp_path / "run@home" / "checkpoints", step, loss)
+    run, folder = tmp_path / "run@home", tmp_path / "run@home" / "checkpoints"
+    assert locate_checkpoint(f"{run}") == folder / "step-00000015"
+    assert locate_checkpoint(f"{run}@5") == folder / "step-00000005"
+    assert locate_checkpoint(f"{run}@best") == folder / "step-00000010"
+    assert locate_checkpoint(f"{folder}/step-00000005") == folder / "step-00000005"
+    with pytest.raises(CheckpointError, match="committed: 5, 10, 15"):
+        locate_checkpoint(f"{run}@7")
+    with pytest.raises(CheckpointError, match="no committed checkpoint at"):
+        locate_checkpoint(str(tmp_path / "nowhere"))
