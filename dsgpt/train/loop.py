@@ -154,7 +154,7 @@ def _read_weights(run: Run) -> None:
 
 
 def _run_steps(run: Run) -> None:
-    plan, state, world = run.plan, run.state, run.world
+    plan, world = run.plan, run.world
     training, seed = plan.config.training, plan.config.run.seed
     order = SampleOrder(run.dataset.num_samples, seed, run.plan.dataset.fingerprint)
     loader = StepLoader(
@@ -168,30 +168,36 @@ def _run_steps(run: Run) -> None:
     meter, evidence = Meter(), plan.output_dir / "logs" / world.attempt
     left_out = LeftOutSteps(run.log, world, evidence, seed)
     try:
-        while state.step < plan.max_steps:
-            run.enter("load data" if state.step else "load the first data")
-            start, micro_batches = loader.load(state.consumed_samples)
+        while run.state.step < plan.max_steps:
+            run.enter("load data" if run.state.step else "load the first data")
+            start, micro_batches = loader.load(run.state.consumed_samples)
             run.enter("step")
-            run.learning_rate = learning_rate(plan.config.optimizer, state.step, plan.max_steps)
+            run.learning_rate = learning_rate(plan.config.optimizer, run.state.step, plan.max_steps)
             report = train_step(
-                run.engine, world, micro_batches, seed=seed, step=state.step, lr=run.learning_rate, wishes=_wishes(run)
+                run.engine,
+                world,
+                micro_batches,
+                seed=seed,
+                step=run.state.step,
+                lr=run.learning_rate,
+                wishes=_wishes(run),
             )
             _count(run, report, start)
             if meter.steps == 0:
-                run.log.event("first_step", step=state.step, loss=report.loss)
+                run.log.event("first_step", step=run.state.step, loss=report.loss)
             meter.count(training.tokens_per_step)
             samples = order.sample_ids(start, training.global_batch_size)
-            left_out.check(report, state.step, run.last_committed, run.loss_scale, samples)
+            left_out.check(report, run.state.step, run.last_committed, run.loss_scale, samples)
             if run.spikes.is_spike(report.loss) and _answer_spike(run, report, start, samples):
                 loader.forget()
                 meter.restart()
                 continue
-            last = state.step == plan.max_steps
-            if state.step % plan.config.logging.log_interval == 0 or last or state.step == 1:
+            last = run.state.step == plan.max_steps
+            if run.state.step % plan.config.logging.log_interval == 0 or last or run.state.step == 1:
                 _log_step(run, report, meter)
             # Saved before evaluated: an evaluation that fails or takes long must not cost the checkpoint.
             stopping = report.wishes.preempt or report.wishes.stop
-            if last or stopping or report.wishes.save or state.step % plan.config.checkpoint.save_interval == 0:
+            if last or stopping or report.wishes.save or run.state.step % plan.config.checkpoint.save_interval == 0:
                 save(run, required=last or stopping)
                 run.controls.obeyed("SAVE")
                 meter.restart()
@@ -200,10 +206,10 @@ def _run_steps(run: Run) -> None:
             if stopping and not last:
                 raise _ended(run, report.wishes)
             interval = plan.config.logging.eval_interval
-            if last or (interval and state.step % interval == 0):
+            if last or (interval and run.state.step % interval == 0):
                 _evaluate(run)
                 meter.restart()
-        run.log.event("finished", f"finished: step {state.step}", **state.counters())
+        run.log.event("finished", f"finished: step {run.state.step}", **run.state.counters())
     finally:
         loader.close()
 

@@ -1,7 +1,8 @@
 """SIGKILL at every point and at random instants of a save: a checkpoint is wholly there or not there.
 
-Only the commit protocol runs, with small fake shards: no torch, no DeepSpeed, thousands of trials in minutes. A process
-that is forked for it saves step after step and prunes; after its death the folder must keep what is promised:
+(T102, T103, T108, T109, T113.) Only the commit protocol runs, with small fake shards: no torch, no DeepSpeed, thousands of
+trials in minutes. A process that is forked for it saves step after step and prunes; after its death the folder must keep
+what is promised:
 
 * whatever is visible as a checkpoint verifies, hash by hash;
 * a step whose commit was acknowledged before the death is still there, or a newer one is;
@@ -16,7 +17,7 @@ shown here but by the order of the calls, in the tests of the commit protocol.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import random
 import shutil
@@ -123,7 +124,7 @@ def _commit_without_rename(folder: Path, tmp: Path, manifest: dict) -> Path:
     final.mkdir()
     for path in sorted(tmp.iterdir()):
         shutil.copyfile(path, final / path.name)
-    (final / protocol.MANIFEST).write_text(json.dumps({"format_version": protocol.FORMAT_VERSION, **manifest}))
+    (final / protocol.MANIFEST).write_text(protocol.sealed(manifest))
     shutil.rmtree(tmp)
     return final
 
@@ -132,7 +133,7 @@ def _commit_manifest_first(folder: Path, tmp: Path, manifest: dict) -> Path:
     """Control: the manifest is complete and visible before the shards are."""
     final = folder / f"step-{manifest['step']:08d}"
     final.mkdir()
-    (final / protocol.MANIFEST).write_text(json.dumps({"format_version": protocol.FORMAT_VERSION, **manifest}))
+    (final / protocol.MANIFEST).write_text(protocol.sealed(manifest))
     for path in sorted(tmp.iterdir()):
         os.rename(path, final / path.name)
     tmp.rmdir()
@@ -185,14 +186,96 @@ def left_behind(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir() if entry.name.startswith(".")]
 
 
+NUM_RANKS, KEPT = 1024, 3
+# A Llama of 70 B parameters: name -> shape.
+LARGE_MODEL = {
+    "embed_tokens.weight": (128256, 8192),
+    "lm_head.weight": (128256, 8192),
+    "norm.weight": (8192,),
+    **{
+        f"blocks.{layer}.{name}.weight": shape
+        for layer in range(80)
+        for name, shape in {
+            "attention_norm": (8192,),
+            "mlp_norm": (8192,),
+            "attention.q_proj": (8192, 8192),
+            "attention.k_proj": (1024, 8192),
+            "attention.v_proj": (1024, 8192),
+            "attention.o_proj": (8192, 8192),
+            "mlp.gate_proj": (28672, 8192),
+            "mlp.up_proj": (28672, 8192),
+            "mlp.down_proj": (8192, 28672),
+        }.items()
+    },
+}
+
+
+class _LargeEngine:
+    """What the index of a manifest needs of an engine at ZeRO 1: shapes, and the ranges of every rank."""
+
+    stage = 1
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        return LARGE_MODEL
+
+
+def _ranges(num_ranks: int) -> list[list[tuple[str, int, int]]]:
+    """Contiguous pieces of the concatenated parameters, as DeepSpeed hands them to ranks at ZeRO 1 and 2."""
+    total = sum(math.prod(shape) for shape in LARGE_MODEL.values())
+    piece, owned, offset = -(-total // num_ranks), [[] for _ in range(num_ranks)], 0
+    for name, shape in LARGE_MODEL.items():
+        numel, start = math.prod(shape), 0
+        while start < numel:
+            rank = (offset + start) // piece
+            take = min(numel - start, (rank + 1) * piece - offset - start)
+            owned[rank].append((name, start, take))
+            start += take
+        offset += numel
+    return owned
+
+
+def many_ranks(folder: Path) -> tuple[float, int, float]:
+    """Seconds of rank 0's part of a commit, bytes of the manifest, seconds of a start's look at the folder; 1,024 ranks.
+
+    The files are small, because what rank 0 does with another rank's file is to write down what that rank told it.
+    """
+    from dsgpt.checkpoint.store import _index
+    from dsgpt.distributed import World
+
+    ranges, world = _ranges(NUM_RANKS), World(size=NUM_RANKS)
+    committing, size = 0.0, 0
+    for step in range(1, KEPT + 1):
+        tmp = protocol.begin(folder, step, "a")
+        names = [f"rank-{rank:05d}.safetensors" for rank in range(NUM_RANKS)]
+        for name in names:
+            (tmp / name).write_bytes(name.encode())
+        entries = [protocol.hash_files(tmp, [name]) for name in names]  # every rank's own part
+        began = time.perf_counter()
+        files = {name: entry for part in entries for name, entry in part.items()}
+        manifest = {"step": step, "attempt": "a", "files": files, "parameters": _index(_LargeEngine(), world, ranges)}
+        path = protocol.commit(folder, tmp, manifest)
+        prune(folder, KEPT)
+        committing, size = max(committing, time.perf_counter() - began), (path / protocol.MANIFEST).stat().st_size
+    began = time.perf_counter()
+    committed = protocol.list_committed(folder)
+    attempts = [protocol.attempt_of(path) for _, path in committed]
+    share = sorted(protocol.read_manifest(committed[-1][1])["files"])[::NUM_RANKS]
+    problems = protocol.verify(committed[-1][1], "hash", only=share)
+    scanning = time.perf_counter() - began
+    if problems or attempts != ["a"] * KEPT:
+        raise RuntimeError(f"the folder is not as it was written: {problems} {attempts}")
+    return committing, size, scanning
+
+
 def run(trials: int | None, seed: int) -> Outcome:
-    """Both schedules and the controls. `trials` counts the random instants (500 unless given)."""
-    trials = 500 if trials is None else trials
+    """Both schedules, the controls, and 1,024 ranks. `trials` counts the random instants (5,000 unless given)."""
+    trials = 5000 if trials is None else trials
     with tempfile.TemporaryDirectory(prefix="dsgpt-protocol-") as name:
         root = Path(name)
         points, broken_at_points = every_point(root / "points", protocol.commit)
         kills, broken_at_instants = random_instants(root / "instants", trials, seed)
         leftovers = [*left_behind(root / "points"), *left_behind(root / "instants")]
+        committing, manifest_bytes, scanning = many_ranks(root / "many")
         caught = [bool(every_point(root / commit.__name__, commit)[1]) for commit in BROKEN]
     for line in [*broken_at_points, *broken_at_instants, *leftovers][:20]:
         print(line)
@@ -203,5 +286,8 @@ def run(trials: int | None, seed: int) -> Outcome:
         Row("promises broken at instants", len(broken_at_instants), at_most=0),
         Row("left behind after a start", len(leftovers), at_most=0),
         Row("broken protocols caught", sum(caught), at_least=len(BROKEN), note="controls"),
+        Row("1,024 ranks: rank 0's part of a commit", committing, at_most=2.0, note="seconds, pruning included"),
+        Row("1,024 ranks: manifest", manifest_bytes / 1e6, at_most=2.0, note="MB, 70 B parameters at ZeRO 1"),
+        Row("1,024 ranks: look at the folder at a start", scanning, at_most=1.0, note=f"seconds, {KEPT} checkpoints"),
     ]
     return Outcome(rows, points + trials)

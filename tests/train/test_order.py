@@ -30,7 +30,7 @@ def samples_of(step, world_size, micro):
     read = []
     for rank in range(world_size):
         loader = StepLoader(Numbered(), order, World(rank=rank, size=world_size), GLOBAL, micro)
-        read.append([batch["input_ids"][:, 0].tolist() for batch in loader.load(step)])
+        read.append([batch["input_ids"][:, 0].tolist() for batch in loader.load(step * GLOBAL)[1]])
         loader.close()
     # Micro-step by micro-step, rank by rank, is the order in which the step's samples are numbered.
     return [number for micro_step in zip(*read, strict=True) for part in micro_step for number in part]
