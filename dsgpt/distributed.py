@@ -26,7 +26,7 @@ from dsgpt.errors import ConfigError, DsgptError, PeerError
 from dsgpt.lease import Lease, Owner
 from dsgpt.process import die_with_parent, free_port, new_attempt
 
-_COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+_TIMEOUT_SECONDS = 1800.0
 
 
 @dataclass
@@ -94,8 +94,11 @@ class World:
             raise PeerError(f"another rank failed: {what}", do="its message is in the log of its node")
 
 
-def start(device: str) -> World:
-    """Join the process group described by the environment; `device` is "cpu" or "cuda". Raises ConfigError."""
+def start(device: str, timeout_seconds: float = _TIMEOUT_SECONDS) -> World:
+    """Join the process group described by the environment; `device` is "cpu" or "cuda". Raises ConfigError.
+
+    Ranks that do not come, and collectives that do not end, fail after `timeout_seconds`.
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -112,7 +115,9 @@ def start(device: str) -> World:
         torch.cuda.set_device(torch_device)
     die_with_parent()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds)
+        )
     world = World(rank, local_rank, size, local_size, torch_device)
     world.job, world.restarts = scheduler_job()
     attempt = os.environ.get("DSGPT_ATTEMPT") or new_attempt()

@@ -279,9 +279,8 @@ def process_state(pid: int) -> str:
 
 
 def _memory_kills() -> int:
-    """How often the kernel has killed for want of memory, in this process's cgroup and on the whole host."""
-    total = 0
-    places = [Path("/proc/vmstat")]
+    """How often the kernel has killed for want of memory in this process's cgroup; on the host, where that is not told."""
+    places = []
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -289,12 +288,10 @@ def _memory_kills() -> int:
                 places.append(Path(f"/sys/fs/cgroup{path}/memory.events"))
             elif "memory" in controllers.split(","):
                 places.append(Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control"))
-    for place in places:
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            total += sum(
-                int(line.split()[1]) for line in place.read_text().splitlines() if line.startswith("oom_kill ")
-            )
-    return total
+    for place in (*places, Path("/proc/vmstat")):
+        with contextlib.suppress(OSError, ValueError, StopIteration):
+            return next(int(line.split()[1]) for line in place.read_text().splitlines() if line.startswith("oom_kill "))
+    return 0
 
 
 def main(arguments: list[str]) -> None:

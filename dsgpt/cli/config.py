@@ -92,6 +92,21 @@ def explain(arguments: tuple[str, ...], as_json: bool) -> None:
 
 
 @config.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def changes(as_json: bool) -> None:
+    """What happens to each key that is changed before a run is continued: applied, refused or ignored."""
+    from dsgpt.cli.common import print_json
+    from dsgpt.train.changes import POLICIES
+
+    if as_json:
+        print_json({"policies": [vars(policy) for policy in POLICIES]})
+        return
+    width = max(len(policy.pattern) for policy in POLICIES)
+    for policy in POLICIES:
+        click.echo(f"{policy.pattern:<{width}}  {policy.on_resume:<8}  {policy.why}".rstrip())
+
+
+@config.command()
 def schema() -> None:
     """JSON Schema of a run's YAML, for editors."""
     from dsgpt.config import json_schema

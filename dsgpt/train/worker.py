@@ -24,6 +24,8 @@ from dsgpt.verdict import Verdict, read_verdict, record_verdict
 from dsgpt.watchdog import Heartbeat, start_watchdog
 
 BYSTANDER_SECONDS = 5.0
+MEET_SECONDS = 30.0  # imports take different times on different nodes
+NO_TIMEOUT_SECONDS = 86400.0
 
 
 def main(argv: list[str]) -> int:
@@ -111,12 +113,13 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
     from dsgpt.train.resolve import resolve_run
 
     timeout = loaded.config.run.hang_timeout_seconds
-    end.heartbeat.phase("meet the other ranks", 0, 3 * timeout)
+    patience = max(3 * timeout, MEET_SECONDS) if timeout else NO_TIMEOUT_SECONDS
+    end.heartbeat.phase("meet the other ranks", 0, 2 * patience)  # torch's own message comes first
     engine.prepare_process()
     device = choose_device(loaded.config.device)
     if device.kind == "cpu":
         keep_allocator_small()
-    world = distributed.start(device.kind)
+    world = distributed.start(device.kind, patience)
     end.rank = world.rank
     try:
         engine.init_distributed(world)

@@ -116,6 +116,17 @@ def touched_during_a_save(world, yaml):
     return sorted(seen)
 
 
+def test_a_checkpoint_holds_12_bytes_per_parameter_and_little_else(write_run, tmp_path):
+    """T414: master and two moments in fp32, at a size where headers still count."""
+    import math
+
+    settings = {"training.max_steps": 1, "optimizer.warmup_steps": 0, "model.hidden_size": 64}
+    ranks(2).run(train_here, write_run("sized", **settings), [], 0, "a")
+    manifest = commit.read_manifest(tmp_path / "sized/checkpoints/step-00000001")
+    parameters = sum(math.prod(entry["shape"]) for entry in manifest["parameters"].values())
+    assert 12 * parameters <= sum(entry["bytes"] for entry in manifest["files"].values()) <= 1.1 * 12 * parameters
+
+
 def test_no_rank_looks_at_the_files_of_another(write_run):
     settings = {"training.max_steps": 2, "checkpoint.save_interval": 1, "optimizer.warmup_steps": 0}
     first, second = ranks(2).run(touched_during_a_save, write_run("alone", **settings))

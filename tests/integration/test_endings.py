@@ -33,8 +33,16 @@ def ranks_of(yaml: Path) -> dict[int, int]:
     return found
 
 
-def watchdogs() -> list[int]:
-    return processes_of("dsgpt.watchdog")
+def watchdogs(folder: Path) -> list[int]:
+    """Watchdogs of the job whose processes were started with this folder in their environment."""
+    marked = []
+    for pid in processes_of("dsgpt.watchdog"):
+        try:
+            if str(folder).encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                marked.append(pid)
+        except OSError:
+            continue
+    return marked
 
 
 def events(folder: Path, name: str) -> list[dict]:
@@ -63,7 +71,7 @@ def running(write_run, tmp_path):
             "run.hang_timeout_seconds": HANG_SECONDS,
         },
     )
-    process = start([*DSGPT, "train", str(yaml)])
+    process = start([*DSGPT, "train", str(yaml)], TEST_FOLDER=str(tmp_path))
     wait_for_step(tmp_path / "ending", 5, process)
     yield yaml, process, tmp_path / "ending"
     process.kill()
@@ -78,7 +86,7 @@ def test_a_killed_rank_ends_the_whole_job_and_is_named(running, rank):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 76, output
     wait_until_gone(yaml, 5)
-    assert not watchdogs()
+    assert not watchdogs(folder.parent)
     told = verdict(folder)
     assert (told["cause"], told["rank"], told["exit_code"], told["requeue"]) == ("rank_died", rank, 76, True)
     assert told["host"] and told["step"] >= 5 and told["last_committed"] >= 3
@@ -96,7 +104,7 @@ def test_a_stopped_rank_is_found_hanging_with_stacks_of_the_living(running):
     assert process.returncode == 76, output
     assert time.monotonic() - began < HANG_SECONDS + 30, "not a bound that is promised here, only that it ends"
     wait_until_gone(yaml, 5)
-    assert not watchdogs()
+    assert not watchdogs(folder.parent)
     told = verdict(folder)
     assert (told["cause"], told["rank"]) == ("hang", 1), told
     assert "stopped by a signal" in told["message"]
@@ -129,6 +137,12 @@ def faulty(original):
                 import atexit
                 atexit.register(time.sleep, 1000)
                 raise RuntimeError("an error, and then an exit that hangs")
+            if kind == "memory":
+                eaten = []
+                while True:
+                    eaten.append(bytearray(32 << 20))
+            if kind == "collective":
+                arguments[1].max(0.0)  # one more than rank 0 calls
             if kind == "abort":
                 os.abort()
             if kind == "data":
@@ -162,7 +176,7 @@ CASES = {
 
 @pytest.mark.parametrize("kind", [*CASES])
 def test_a_fault_of_one_rank_ends_both_with_its_cause(write_run, tmp_path, kind):
-    """Two ranks without any launcher, as under srun: nobody but they and their watchdogs can end the job."""
+    """T702-T705. Two ranks without any launcher, as under srun: only they and their watchdogs can end the job."""
     cause, rank, text = CASES[kind]
     settings = {"training.max_steps": 1000, "checkpoint.save_interval": 2, "run.hang_timeout_seconds": HANG_SECONDS}
     yaml = write_run("faulty", **settings)
@@ -174,10 +188,35 @@ def test_a_fault_of_one_rank_ends_both_with_its_cause(write_run, tmp_path, kind)
     assert all(code in (76, -signal.SIGKILL, -signal.SIGABRT) or (kind == "exit" and code == 0) for code in codes)
     assert told["last_committed"] == 2
     assert len(events(folder, "end")) == 1
-    assert not watchdogs()
+    assert not watchdogs(tmp_path)
+
+
+def test_ranks_that_disagree_about_a_collective_do_not_wait_for_ever(write_run, tmp_path):
+    """T708. Which of the two is to blame nobody can tell; that they stand still is told, with the stacks of both."""
+    settings = {"training.max_steps": 1000, "checkpoint.save_interval": 2, "run.hang_timeout_seconds": HANG_SECONDS}
+    run_two_ranks(write_run("faulty", **settings), tmp_path, "collective")
+    told = verdict(tmp_path / "faulty")
+    assert told["exit_code"] == 76 and told["last_committed"] == 2, told
+    assert not watchdogs(tmp_path)
+
+
+def test_a_rank_that_never_comes_is_waited_for_only_so_long(write_run, tmp_path, monkeypatch):
+    """T709: rank 0 of 2, alone. The run's folder is not touched."""
+    script = tmp_path / "alone.py"
+    script.write_text(
+        "import sys\nfrom dsgpt.train import worker\nworker.MEET_SECONDS = 3.0\nsys.exit(worker.main(sys.argv[1:]))\n"
+    )
+    yaml = write_run("alone", **{"run.hang_timeout_seconds": 1})
+    ranks_and_port = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    process = start([sys.executable, str(script), str(yaml)], DS_ACCELERATOR="cpu", **ranks_and_port)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 76, output
+    assert "1/2 clients joined" in output
+    assert not (tmp_path / "alone" / "logs").exists()
 
 
 def test_a_rank_that_cannot_save_is_told_of_and_the_run_ends_after_three(write_run, tmp_path):
+    """T106."""
     yaml = write_run("faulty", **{"training.max_steps": 1000, "checkpoint.save_interval": 2})
     assert run_two_ranks(yaml, tmp_path, "save") == [76, 76]
     failed = events(tmp_path / "faulty", "save_failed")
@@ -186,8 +225,46 @@ def test_a_rank_that_cannot_save_is_told_of_and_the_run_ends_after_three(write_r
     assert verdict(tmp_path / "faulty")["cause"] == "save_failed"
 
 
-def run_two_ranks(yaml: Path, folder: Path, fault: str) -> list[int]:
+@pytest.fixture()
+def memory_cgroup():
+    """A control group of this machine with 2 GiB of memory; skips where we may not make one."""
+    import uuid
+
+    v1 = Path("/sys/fs/cgroup/memory")
+    folder = (v1 if v1.is_dir() else Path("/sys/fs/cgroup")) / f"dsgpt-test-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir()
+        limit = folder / ("memory.limit_in_bytes" if v1.is_dir() else "memory.max")
+        limit.write_text(str(2 << 30))
+    except OSError as error:
+        pytest.skip(f"no memory control group can be made here: {error}")
+    yield folder / "cgroup.procs"
+    for _ in range(50):
+        try:
+            folder.rmdir()
+            return
+        except OSError:
+            time.sleep(0.1)
+
+
+def test_a_kill_for_want_of_memory_is_told_as_such(write_run, tmp_path, memory_cgroup):
+    """The kernel kills rank 1 in a real control group: 77, with plan, phase and what needs less; it had committed."""
+    yaml = write_run("faulty", **{"training.max_steps": 1000, "checkpoint.save_interval": 2})
+    codes = run_two_ranks(yaml, tmp_path, "memory", memory_cgroup)
+    told = verdict(tmp_path / "faulty")
+    assert (told["cause"], told["rank"], told["exit_code"], told["phase"]) == ("out_of_memory", 1, 77, "step"), told
+    assert told["requeue"] is True and told["committed_here"] is True
+    assert codes == [77, -signal.SIGKILL]
+    for part in ("want of host memory", "planned", "peak", "training.micro_batch_size_per_gpu=2 or training.activ"):
+        assert part in told["message"]
+
+
+def run_two_ranks(yaml: Path, folder: Path, fault: str, control_group: Path | None = None) -> list[int]:
     from dsgpt.process import free_port
+
+    def enter() -> None:
+        if control_group is not None:
+            control_group.write_text(str(os.getpid()))
 
     script = folder / "faulty.py"
     script.write_text(FAULTY)
@@ -195,11 +272,13 @@ def run_two_ranks(yaml: Path, folder: Path, fault: str) -> list[int]:
     processes = [
         start(
             [sys.executable, str(script), str(yaml)],
+            before=enter,
             **common,
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             DS_ACCELERATOR="cpu",
             FAULT=fault,
+            TEST_FOLDER=str(folder),
             DSGPT_ATTEMPT="a1",
         )
         for rank in range(2)

@@ -19,9 +19,14 @@ from dsgpt.process import SECOND_REQUEST_SECONDS
 DSGPT = [sys.executable, "-m", "dsgpt"]
 
 
-def start(command, **environment):
+def start(command, before=None, **environment):
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+        preexec_fn=before,
     )
 
 
