@@ -74,3 +74,30 @@ def test_a_run_a_step_and_the_best_are_found_by_name(tmp_path):
         locate_checkpoint(f"{run}@7")
     with pytest.raises(CheckpointError, match="no committed checkpoint at"):
         locate_checkpoint(str(tmp_path / "nowhere"))
+
+
+def test_a_reader_whose_checkpoint_is_deleted_meanwhile_reads_nothing_else(tmp_path):
+    """T903: an export or evaluation beside a training run meets retention: the old values or an error, never others."""
+    import torch
+    from safetensors.torch import save_file
+
+    from dsgpt.checkpoint.reader import CheckpointReader
+
+    def write(step: int) -> Path:
+        tmp = commit.begin(tmp_path, step, "a")
+        for rank in range(2):
+            values = {"master:w": torch.full((4,), float(10 * step + rank))}
+            save_file(values, tmp / f"rank-0000{rank}.safetensors")
+        names = sorted(path.name for path in tmp.iterdir())
+        index = {"w": {"shape": [8], "fragments": [[0, 0, 4], [1, 4, 4]]}}
+        return commit.commit(tmp_path, tmp, {"step": step, "files": commit.hash_files(tmp, names), "parameters": index})
+
+    whole, late = CheckpointReader(write(1)), CheckpointReader(tmp_path / "step-00000001")
+    expected = [10.0] * 4 + [11.0] * 4
+    assert whole.tensor("w").tolist() == expected
+    assert late.read("w", "master", 0, 4).tolist() == expected[:4]
+    write(2)
+    assert retention.prune(tmp_path, 1) == [1]
+    assert whole.tensor("w").tolist() == expected, "open files outlive their folder"
+    with pytest.raises(CheckpointError, match="a partition cannot be opened"):
+        late.tensor("w")

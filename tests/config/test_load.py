@@ -184,7 +184,7 @@ def test_a_key_in_the_wrong_section_is_told_its_place(minimal: Path) -> None:
         ("model.num_key_value_heads=3", "must divide model.num_attention_heads"),
         ("model.head_dim=3", "even"),
         ("model.max_position_embeddings=16", "longer than the model's positions"),
-        ("model.init_from=fork:x@3", "not understood"),
+        ("model.init_from=branch:x@3", "not understood"),
         ("model.hidden_size=null", "required for a model from scratch"),
         ("optimizer.min_learning_rate=1", "above optimizer.learning_rate"),
         ("optimizer.warmup_steps=10", "as long as the run"),

@@ -149,3 +149,15 @@ def test_listing_and_verifying_need_no_torch_and_find_a_flipped_bit(trained, tmp
     assert bad.exit_code == 65 and "step-00000010: BAD" in bad.output and "step-00000020: good" in bad.output
     refused = run("evaluate", f"{copy}@10", "--text", __file__)
     assert isinstance(refused.exception, CheckpointError)
+
+
+def test_a_damaged_or_unfinished_checkpoint_is_not_exported(trained, tmp_path):
+    """T953."""
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    (copy / "checkpoints/step-00000010/rank-00001.safetensors").write_bytes(b"")
+    (copy / "checkpoints/step-00000020").rename(copy / "checkpoints/.tmp-step-00000020-a")
+    for name in (f"{copy}@10", f"{copy}@20", str(copy / "checkpoints/.tmp-step-00000030-a")):
+        refused = run("checkpoint", "export", name, "--output", tmp_path / "export")
+        assert isinstance(refused.exception, CheckpointError), name
+        assert not (tmp_path / "export").exists()
