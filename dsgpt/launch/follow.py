@@ -99,7 +99,7 @@ class Follower:
                 self._show_metrics(entry)
 
     def _show_event(self, entry: dict[str, Any]) -> None:
-        if self._quiet:
+        if self._quiet or entry["event"] == "end":  # how it ended is said at the end
             return
         text = entry.get("text", "")
         if self._bar is None:

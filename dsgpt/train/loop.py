@@ -89,8 +89,10 @@ def train(
     if world.is_main:
         stop.watch(plan.output_dir / "logs" / world.attempt / "stop-request")
     log.event("start", plan.describe(), world_size=world.size, max_steps=plan.max_steps, host=world.host)
+    heartbeat = heartbeat or Heartbeat()
+    heartbeat.phase("choose the checkpoint", 0, 3 * plan.config.run.hang_timeout_seconds)
     continuation = open_run(plan, world, log)
-    run = _build(plan, world, log, stop, heartbeat or Heartbeat(), guard)
+    run = _build(plan, world, log, stop, heartbeat, guard)
     _rehearse(run)
     if continuation.checkpoint is not None:
         run.enter("read the checkpoint", 3)
