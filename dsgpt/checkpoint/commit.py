@@ -1,9 +1,9 @@
 """The commit protocol: a checkpoint is either wholly there or not there at all.
 
 A save writes into `.tmp-step-00001000-<attempt>/`; every file is fsynced and hashed by the rank that wrote it; rank 0
-writes `manifest.json` with all sizes and hashes, fsyncs, and renames the folder to `step-00001000`. **That rename is the
-commit.** There is no `latest` file: a pointer is one more thing that can lie, and a listing of one folder answers the
-same question.
+writes `manifest.json` with all sizes and hashes and its own, fsyncs, and renames the folder to `step-00001000`. **That
+rename is the commit.** There is no `latest` file: a pointer is one more thing that can lie, and a listing of one folder
+answers the same question.
 
 Neither torch nor DeepSpeed is imported here: `dsgpt checkpoint ls` runs on a login node, and the protocol is attacked
 alone, thousands of times, by `python -m tests.faults protocol`.
@@ -29,7 +29,8 @@ from dsgpt.errors import CheckpointError, Problem
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-_COMMITTED = re.compile(r"^step-(\d{8,})$")
+_DIGEST = "sha256"  # the manifest's own, its last key
+_COMMITTED = re.compile(r"step-([0-9]{8,})")
 _PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR}
 _RETRY_AFTER_SECONDS = (0.1, 1.0)
 Result = TypeVar("Result")
@@ -86,31 +87,49 @@ def hash_files(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def sealed(manifest: dict[str, Any]) -> str:
+    """The text of a manifest with its own digest, of the text without it: a flip in spelling alone is found as well."""
+    body = {key: value for key, value in manifest.items() if key != _DIGEST}
+    head, _, tail = json.dumps({"format_version": FORMAT_VERSION, **body, _DIGEST: ""}, indent=1).rpartition('""')
+    return f'{head}"{hashlib.sha256((head + tail).encode()).hexdigest()}"{tail}'
+
+
+def _is_sealed(text: str, digest: object) -> bool:
+    if not isinstance(digest, str):
+        return False
+    head, _, tail = text.rpartition(f'"{digest}"')
+    return hashlib.sha256((head + tail).encode()).hexdigest() == digest
+
+
 def commit(
-    checkpoints_dir: Path, tmp: Path, manifest: dict[str, Any], guard: Callable[[], None] = lambda: None
+    checkpoints_dir: Path,
+    tmp: Path,
+    manifest: dict[str, Any],
+    guard: Callable[[], None] = lambda: None,
+    retried: Callable[[int], None] = lambda number: None,
 ) -> Path:
     """Write the manifest and rename `tmp` to its final name. `manifest` holds "step" and "files" (of `hash_files`).
 
     `guard` is called last and raises where this job may not commit any more. A checkpoint of the same step, which only a
-    job that was cut off can have left there meanwhile, is moved to `abandoned-<n>`.
+    job that was cut off can have left there meanwhile, is moved to `abandoned-<n>`. `retried` is told how often something
+    was tried again.
     """
     final = checkpoints_dir / f"step-{manifest['step']:08d}"
-    manifest = {"format_version": FORMAT_VERSION, **manifest}
-    path = tmp / MANIFEST
+    text, path = sealed(manifest), tmp / MANIFEST
 
     def write() -> None:
         with path.open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         fsync_path(tmp)
 
-    retrying(write)
+    retried(retrying(write)[1])
     guard()
     if final.exists():
         set_aside(checkpoints_dir, [final])
     os.rename(tmp, final)
-    retrying(lambda: fsync_path(checkpoints_dir))
+    retried(retrying(lambda: fsync_path(checkpoints_dir))[1])
     return final
 
 
@@ -128,34 +147,40 @@ def set_aside(checkpoints_dir: Path, folders: Sequence[Path]) -> Path:
 
 
 def list_committed(checkpoints_dir: Path) -> list[tuple[int, Path]]:
-    """All committed checkpoints as (step, folder), oldest first. A folder without manifest is not one."""
+    """All committed checkpoints as (step, folder), oldest first. A folder without manifest is none, nor is a link."""
     if not checkpoints_dir.is_dir():
         return []
     found = []
     for entry in os.scandir(checkpoints_dir):
-        match = _COMMITTED.match(entry.name)
-        if match and os.path.exists(os.path.join(entry.path, MANIFEST)):
+        match = _COMMITTED.fullmatch(entry.name)
+        if match and not entry.is_symlink() and os.path.exists(os.path.join(entry.path, MANIFEST)):
             found.append((int(match.group(1)), Path(entry.path)))
     return sorted(found)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a committed checkpoint; raises CheckpointError when it is unreadable or of another version."""
+    """The manifest of a committed checkpoint; raises CheckpointError when it is damaged or of another version."""
     path = checkpoint / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text = retrying(path.read_bytes)[0].decode("utf-8")
+        manifest = json.loads(text)
     except FileNotFoundError as error:
         raise CheckpointError("not a checkpoint: no manifest.json", seen=str(checkpoint)) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError("the manifest cannot be read", seen=f"{path}: {error}") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    if not isinstance(manifest, dict) or "format_version" not in manifest:
         raise CheckpointError("the manifest is not one of dsgpt's", seen=str(path))
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest["format_version"] != FORMAT_VERSION:
+        versions = manifest.get("versions")
         raise CheckpointError(
-            f"checkpoint format version {manifest.get('format_version')} is not the one this dsgpt reads",
+            f"checkpoint format version {manifest['format_version']} is not the one this dsgpt reads",
             seen=str(path),
-            do=f"use the dsgpt that wrote it ({manifest.get('versions', {}).get('dsgpt', 'unknown version')})",
+            do=f"use the dsgpt that wrote it ({versions.get('dsgpt') if isinstance(versions, dict) else 'unknown version'})",
         )
+    if not _is_sealed(text, manifest.get(_DIGEST)):
+        raise CheckpointError("the manifest differs from its own digest", seen=str(path))
+    if not isinstance(manifest.get("files"), dict):
+        raise CheckpointError("the manifest is not one of dsgpt's", seen=str(path))
     return manifest
 
 
@@ -170,10 +195,12 @@ def attempt_of(checkpoint: Path) -> str:
 def verify(checkpoint: Path, mode: str = "hash", only: Sequence[str] | None = None) -> list[Problem]:
     """Check files against the manifest, all or the named ones; `mode` is "hash" or "size". No problem: an empty list."""
     try:
-        files = read_manifest(checkpoint)["files"]
+        manifest = read_manifest(checkpoint)
     except CheckpointError as error:
         return error.problems
-    problems = []
+    files, problems, named = manifest["files"], [], _COMMITTED.fullmatch(checkpoint.name)
+    if named and int(named[1]) != manifest.get("step"):
+        problems.append(Problem("the folder holds another step", seen=f"{checkpoint}: step {manifest.get('step')}"))
     for name in files if only is None else only:
         entry = files.get(name)
         if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
@@ -192,7 +219,7 @@ def verify(checkpoint: Path, mode: str = "hash", only: Sequence[str] | None = No
                 problems.append(
                     Problem("file size differs", seen=f"{path}: {path.stat().st_size}, not {entry['bytes']}")
                 )
-            elif mode == "hash" and hash_file(path) != entry["sha256"]:
+            elif mode == "hash" and retrying(lambda path=path: hash_file(path))[0] != entry["sha256"]:  # type: ignore[misc]
                 problems.append(Problem("file content differs from its hash", seen=str(path)))
         except OSError as error:
             problems.append(Problem("file cannot be read", seen=f"{path}: {error}"))

@@ -16,7 +16,7 @@ from dsgpt.checkpoint.reader import CheckpointReader
 from dsgpt.config import flatten
 
 # What is about the files, not about the state.
-_NOT_STATE = ("files", "parameters", "attempt", "format_version")
+_NOT_STATE = ("files", "parameters", "attempt", "format_version", "sha256")
 
 
 @dataclass(frozen=True)

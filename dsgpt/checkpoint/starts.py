@@ -66,11 +66,28 @@ def read_starts(run_dir: Path) -> list[Start]:
 
 
 def cut_off(starts: Sequence[Start], commits: Sequence[Commit]) -> list[Commit]:
-    """Commits that appeared after the newest start began and that it did not make."""
+    """Commits that appeared after the newest start began and that it did not make.
+
+    A commit of which it cannot be read who made it ("") is not: it is damaged, and whoever verifies it says so.
+    """
     if not starts:
         return []
-    known = set(starts[-1].commits)
-    return [commit for commit in commits if commit not in known and commit[1] != starts[-1].attempt]
+    known, own = set(starts[-1].commits), ("", starts[-1].attempt)
+    return [one for one in commits if one[1] not in own and one not in known and (one[0], "") not in known]
+
+
+def has_committed(run_dir: Path, starts: Sequence[Start]) -> bool:
+    """Whether any start saw or made a commit, going by what they left, where no checkpoint is left itself.
+
+    Commits that were all set aside are still there, and somebody was told: they do not count.
+    """
+    if not starts or any((run_dir / "checkpoints").glob("abandoned-*")):
+        return False
+    if any(start.commits for start in starts):
+        return True
+    with contextlib.suppress(FileNotFoundError), (run_dir / "events.jsonl").open("rb") as file:
+        return any(b'"event": "committed"' in line for line in file)
+    return False
 
 
 def starts_without_progress(run_dir: Path, starts: Sequence[Start], commits: Sequence[Commit]) -> int:

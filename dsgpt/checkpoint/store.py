@@ -52,7 +52,7 @@ def save_checkpoint(
     is raised there, and PeerError on the others.
     """
     step = manifest["step"]
-    folder = _begin(world, checkpoints_dir, step, attempt)
+    folder, begun_again = _begin(world, checkpoints_dir, step, attempt)
     fragments = engine.fragments()
     written, retries, error = {}, 0, ""
     try:
@@ -64,20 +64,21 @@ def save_checkpoint(
     path, failure, forbidden = "", "", None
     if gathered is not None:
         failure = "; ".join(text for _, _, text, _ in gathered if text)
-        retries = sum(number for *_, number in gathered)
+        again = [begun_again, *(number for *_, number in gathered)]
         try:
             if not failure:
                 files = {name: entry for part, *_ in gathered for name, entry in part.items()}
                 index = _index(engine, world, [ranges for _, ranges, *_ in gathered])
                 buffers = {name: list(value.shape) for name, value in engine.buffers().items()}
                 contents = {**manifest, "files": files, "parameters": index, "buffers": buffers}
-                path = str(commit.commit(checkpoints_dir, folder, contents, guard))
+                path = str(commit.commit(checkpoints_dir, folder, contents, guard, again.append))
         except OSError as problem:
             failure = str(problem)
         except LockedError as problem:
             forbidden = problem
         if failure or forbidden:
             shutil.rmtree(folder, ignore_errors=True)
+        retries = sum(again)
     world.agree(forbidden, "committing the checkpoint")
     path, failure, retries = world.broadcast_object((path, failure, retries))
     if failure:
@@ -87,18 +88,19 @@ def save_checkpoint(
     return Path(path), retries
 
 
-def _begin(world: World, checkpoints_dir: Path, step: int, attempt: str) -> Path:
-    """Rank 0 makes the temporary folder; no rank writes before it is there."""
-    folder, failure = "", ""
+def _begin(world: World, checkpoints_dir: Path, step: int, attempt: str) -> tuple[Path, int]:
+    """Rank 0 makes the temporary folder; no rank writes before it is there. (folder, retries on rank 0)."""
+    folder, failure, retries = "", "", 0
     if world.is_main:
         try:
-            folder = str(commit.retrying(lambda: commit.begin(checkpoints_dir, step, attempt))[0])
+            made, retries = commit.retrying(lambda: commit.begin(checkpoints_dir, step, attempt))
+            folder = str(made)
         except OSError as problem:
             failure = str(problem)
     folder, failure = world.broadcast_object((folder, failure))
     if failure:
         raise SaveError(f"the checkpoint of step {step} cannot be begun", seen=failure)
-    return Path(folder)
+    return Path(folder), retries
 
 
 def _write_partition(engine: Engine, folder: Path, rank: int, fragments: Sequence[Fragment]) -> dict[str, Any]:

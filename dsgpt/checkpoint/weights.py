@@ -56,8 +56,11 @@ def require_intact(checkpoint: Path) -> None:
         raise CheckpointError(problems=[Problem(p.what, p.seen, "use an older checkpoint: RUN@STEP") for p in problems])
 
 
-def load_model(location: ModelLocation, device: str = "cpu") -> GPT:
-    """The model in fp32 on one device, in evaluation mode, its checkpoint verified first."""
+def load_model(location: ModelLocation, device: str = "cpu", trust: bool = False) -> GPT:
+    """The model in fp32 on one device, in evaluation mode, its checkpoint verified first.
+
+    `trust` allows a Hugging Face folder's pytorch_model.bin, which may execute code.
+    """
     if location.is_checkpoint:
         require_intact(location.path)
         reader = CheckpointReader(location.path)
@@ -65,7 +68,7 @@ def load_model(location: ModelLocation, device: str = "cpu") -> GPT:
         tensors = {name: reader.tensor(name) for name in reader.parameters} | reader.buffers()
     else:
         config = read_hf_config(location.path)
-        tensors = read_hf_weights(location.path, config)
+        tensors = read_hf_weights(location.path, config, trust)
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=device)
@@ -84,13 +87,13 @@ class InitialWeights:
     buffers: dict[str, Tensor]
 
 
-def initial_weights(init_from: str, config: ModelConfig) -> InitialWeights:
-    """The weights that `hf:<folder>` or `checkpoint:<path>` names, of the given architecture."""
+def initial_weights(init_from: str, config: ModelConfig, trust: bool = False) -> InitialWeights:
+    """The weights that `hf:<folder>` or `checkpoint:<path>` names, of the given architecture; `trust` as in `load_model`."""
     origin, _, location = init_from.partition(":")
     if origin == "checkpoint":
         path = locate_checkpoint(location)
         require_intact(path)
         reader = CheckpointReader(path)
         return InitialWeights(lambda f, kind: reader.read(f.name, kind, f.start, f.numel), reader.buffers())
-    tensors = read_hf_weights(location, config)
+    tensors = read_hf_weights(location, config, trust)
     return InitialWeights(lambda f, kind: tensors[f.name].flatten()[f.start :][: f.numel].float(), tensors)

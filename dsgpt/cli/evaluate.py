@@ -14,9 +14,16 @@ import click
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A prepared dataset.")
 @click.option("--split", default="validation", show_default=True, help="Which split of --data.")
 @click.option("--samples", type=click.IntRange(1), help="Only the first so many sequences of --data.")
+@click.option("--trust-checkpoint", is_flag=True, help="Read pytorch_model.bin too, which may execute code.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
-    model: str, texts: tuple[Path, ...], data: Path | None, split: str, samples: int | None, as_json: bool
+    model: str,
+    texts: tuple[Path, ...],
+    data: Path | None,
+    split: str,
+    samples: int | None,
+    trust_checkpoint: bool,
+    as_json: bool,
 ) -> None:
     """Evaluate MODEL: a run folder (RUN@STEP for an older commit), a checkpoint, or a Hugging Face folder.
 
@@ -30,7 +37,7 @@ def evaluate(
     from dsgpt.tokenizer import Tokenizer
 
     location = find_model(model)
-    network, tokenizer = load_model(location), Tokenizer.load(location.tokenizer)
+    network, tokenizer = load_model(location, trust=trust_checkpoint), Tokenizer.load(location.tokenizer)
     with waiting("evaluating"):
         if data is not None:
             result = evaluate_dataset(network, tokenizer, data, split, samples)

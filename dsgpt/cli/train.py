@@ -12,10 +12,16 @@ import click
 @click.argument("arguments", nargs=-1, required=True, metavar="RUN.yaml [MORE.yaml…] [key=value…]")
 @click.option("--num-processes", type=click.IntRange(1), help="Ranks on this machine; default: its GPUs, or 2 on CPU.")
 @click.option("--dry-run", is_flag=True, help="Show everything resolved, and stop.")
+@click.option("--trust-checkpoint", is_flag=True, help="The same as model.trust_checkpoint=true.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, and nothing else on stdout.")
 @click.pass_context
 def train(
-    ctx: click.Context, arguments: tuple[str, ...], num_processes: int | None, dry_run: bool, as_json: bool
+    ctx: click.Context,
+    arguments: tuple[str, ...],
+    num_processes: int | None,
+    dry_run: bool,
+    trust_checkpoint: bool,
+    as_json: bool,
 ) -> None:
     """Train the run that the configs describe, or continue it where it stopped.
 
@@ -25,6 +31,8 @@ def train(
     from dsgpt.cli.common import print_json
     from dsgpt.train.start import plan_run, start_run
 
+    if trust_checkpoint:
+        arguments = (*arguments, "model.trust_checkpoint=true")
     debug = bool(ctx.obj and ctx.obj.get("debug"))
     if dry_run:
         plan = plan_run(arguments, num_processes)

@@ -80,6 +80,9 @@ class ModelSection(_Architecture):
         default="scratch",
         description="scratch, hf:<folder or hub name>, checkpoint:<path> (weights) or fork:<run>@<step> (all state)",
     )
+    trust_checkpoint: Bool = Field(
+        default=False, description="read the weights of init_from also from pytorch_model.bin, which may execute code"
+    )
     hidden_size: Count | None = Field(default=None, description="width of the residual stream")
     num_hidden_layers: Count | None = Field(default=None, description="number of transformer blocks")
     num_attention_heads: Count | None = Field(default=None, description="query heads per block")

@@ -30,7 +30,7 @@ class Leaf:
 
 Tree: TypeAlias = "Leaf | dict[str, Tree] | list[Tree]"
 
-_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$")
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]{0,300})$")  # reading thousands of digits takes quadratic time
 _FLOAT = re.compile(
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?)$"
     r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"

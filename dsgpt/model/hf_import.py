@@ -2,19 +2,21 @@
 native tensors.
 
 Every key of config.json is either used, known to change nothing, or at its harmless value; anything else is refused by
-name, so an import never computes something else silently. Only safetensors are read: nothing in them can execute.
+name, so an import never computes something else silently. Weights are safetensors, in which nothing can execute.
+pytorch_model.bin can: it is read only where a person trusts the folder (`--trust-checkpoint`), whole into memory.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsgpt.config import ModelConfig
@@ -24,10 +26,12 @@ from dsgpt.model.hf_format import ARCHITECTURES, FORMAT_VERSION, from_hf
 
 # Describe the file, its tokenizer, its writer or generation, not the mathematics of training.
 _NEUTRAL = {
-    "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range", "label2id",
+    "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range", "label2id",
     "max_window_layers", "model_type", "n_ctx", "pad_token_id", "pretraining_tp", "task_specific_params", "torch_dtype",
     "transformers_version", "use_cache", "unk_token_id", "_name_or_path", "gradient_checkpointing", "n_layer",
 }  # fmt: skip
+# Keys that ask a reader to run code which lies in the folder, or to switch it to another implementation.
+_CODE = {"auto_map", "custom_pipelines", "trust_remote_code", "_attn_implementation_internal"}
 # Keys that would change the mathematics, with the only values that are implemented.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -63,12 +67,15 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     try:
         raw = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(raw, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             "no readable Hugging Face model here",
             seen=f"{path}: {error}",
             do="hf:<folder> with config.json and safetensors; download it there first",
         ) from error
+    _refuse_code(raw, path)
     kind = raw.get("model_type")
     if kind not in ARCHITECTURES:
         raise ConfigError(
@@ -91,7 +98,24 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
         problems.append(Problem("config.json: attention_bias and mlp_bias must agree", seen=f"{path}"))
     if problems:
         raise ConfigError(problems=problems)
-    return _gpt2(raw) if kind == "gpt2" else _llama(raw, qk_norm=kind == "qwen3")
+    try:
+        return _gpt2(raw) if kind == "gpt2" else _llama(raw, qk_norm=kind == "qwen3")
+    except (KeyError, TypeError, ArithmeticError, ValidationError) as error:
+        raise ConfigError("config.json is incomplete or damaged", seen=f"{path}: {error!r}") from error
+
+
+def _refuse_code(raw: Mapping[str, Any], path: Path) -> None:
+    problems = [
+        Problem(
+            f"config.json: {key} asks for code to be run, and dsgpt runs none that comes with a model",
+            seen=f"{path}: {key}={raw[key]!r}",
+            do="remove the key if the model is a plain one of its model_type",
+        )
+        for key in raw
+        if key in _CODE
+    ]
+    if problems:
+        raise ConfigError(problems=problems)
 
 
 def _own(raw: Mapping[str, Any], path: Path) -> ModelConfig:
@@ -155,20 +179,13 @@ def _llama(raw: Mapping[str, Any], qk_norm: bool) -> ModelConfig:
     )
 
 
-def read_hf_weights(folder: str | Path, config: ModelConfig) -> dict[str, Tensor]:
+def read_hf_weights(folder: str | Path, config: ModelConfig, trust: bool = False) -> dict[str, Tensor]:
     """Native tensors from the folder's safetensors, whole or sharded, in the files' precision, mapped lazily.
 
-    In dsgpt's own format they include running statistics. Raises ConfigError naming every tensor that is not right.
+    A folder without any is read from pytorch_model*.bin, if `trust`. In dsgpt's own format the tensors include running
+    statistics. Raises ConfigError naming every tensor that is not right.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ConfigError(
-            "no safetensors files here", seen=str(folder), do="convert other formats to safetensors first"
-        )
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
+    tensors = _read_files(Path(folder), trust)
     if config.export_format != "dsgpt":
         return from_hf(config, tensors)
     with torch.device("meta"):
@@ -183,3 +200,51 @@ def read_hf_weights(folder: str | Path, config: ModelConfig) -> dict[str, Tensor
     if problems:
         raise ConfigError(problems=problems)
     return tensors
+
+
+def _read_files(folder: Path, trust: bool) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise ConfigError("not a safetensors file", seen=f"{file}: {error}", do="download it again") from error
+    if tensors:
+        return tensors
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if not pickled:
+        raise ConfigError(
+            "no safetensors files here", seen=str(folder), do="convert other formats to safetensors first"
+        )
+    if not trust:
+        raise ConfigError(
+            "the weights are here only as pickle, which can execute code when it is read",
+            seen=", ".join(map(str, pickled)),
+            do="get the model as safetensors; if you trust who made these files: --trust-checkpoint",
+        )
+    for file in pickled:
+        tensors.update(_read_pickled(file))
+    return tensors
+
+
+def _read_pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a trusted .bin: without executing anything wherever torch's list of harmless objects is enough."""
+    try:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            if type(error).__name__ != "UnpicklingError":  # damaged, not refused
+                raise
+            content = _execute_pickled(file)
+    except Exception as error:  # whatever the file's own code raises
+        raise ConfigError("a file of weights cannot be read", seen=f"{file}: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ConfigError("not a file of weights: it holds something else than tensors by name", seen=str(file))
+    return content
+
+
+def _execute_pickled(file: Path) -> Any:
+    """The one place where a file may execute: tests/architecture.py lists it."""
+    print(f"warning: {file} holds more than tensors: executing it, as --trust-checkpoint allows", file=sys.stderr)
+    return torch.load(file, map_location="cpu", weights_only=False)

@@ -12,9 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from dsgpt.config import flatten, to_yaml
+from dsgpt.config import flatten
+from dsgpt.config.source import parse_yaml, plain
 from dsgpt.errors import ConfigError, Problem
 from dsgpt.train.resolve import ResolvedRun
 
@@ -36,6 +35,7 @@ POLICIES = (
     Policy("device", "applied", "the state is read by any device"),
     Policy("resume", "applied", "it is about one start"),
     Policy("model.init_from", "ignored", "the checkpoint has the weights"),
+    Policy("model.trust_checkpoint", "applied", "it is about reading what init_from names"),
     Policy("model.dropout.*", "applied", ""),
     Policy("model.*", "refused", "the saved tensors have these shapes and meanings"),
     Policy("tokenizer.path", "ignored", "the data's tokenizer counts; another one is refused by its hash"),
@@ -68,12 +68,16 @@ def changed_keys(folder: Path, run: ResolvedRun) -> dict[str, tuple[Any, Any]]:
     path = folder / "config.yaml"
     if not path.exists():
         return {}
+    problems: list[Problem] = []
     try:
-        before = flatten(yaml.safe_load(path.read_text("utf-8")) or {})
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = parse_yaml(path.read_text("utf-8"), path.name, folder, problems)
+    except UnicodeDecodeError as error:
+        tree, problems = None, [Problem(f"{path} is not a text", str(error))]
+    if problems or not isinstance(tree, dict):
         do = "remove that file: it is written anew from the config you give"
-        raise ConfigError(f"{path} cannot be read", seen=str(error), do=do) from error
-    now = flatten(yaml.safe_load(to_yaml(run.config)))
+        seen = "; ".join(f"{problem.what}: {problem.seen}" for problem in problems) or "it has no keys"
+        raise ConfigError(f"{path} cannot be read", seen=seen, do=do)
+    before, now = flatten(plain(tree)), flatten(run.config.model_dump(mode="json"))
     # A key that the older config did not have yet was at its default then: no change that anybody made.
     # Nor is the folder's own place one: it is written as "." there, so that the folder can be moved.
     keys = sorted(before.keys() - {"run.output_dir"})

@@ -83,6 +83,12 @@ def _look(plan: ResolvedRun, world: World, log: RunLog) -> tuple[list[tuple[int,
             seen=f"{plan.output_dir} has no {starts.STARTS}, and this is restart {world.restarts} of job {world.job}",
             do="bring the folder back; if it never trained, resume=fresh",
         )
+    if mode != "fresh" and not committed and starts.has_committed(plan.output_dir, earlier):
+        raise CheckpointError(
+            "the run has committed work, and its checkpoints are gone",
+            seen=f"{folder} is empty",
+            do="bring them back; to begin again at step 0, resume=fresh",
+        )
     commits = [(step, made_by[path]) for step, path in committed]
     foreign = starts.cut_off(earlier, commits)
     seen = tuple(one for one in commits if one not in foreign)

@@ -37,13 +37,14 @@ class Controls:
     def asks(self, name: str) -> bool:
         if self._enabled and time.monotonic() - self._looked >= POLL_SECONDS:
             self._looked = time.monotonic()
-            self._found = {name: (self._folder / name).exists() for name in self._found}
+            with contextlib.suppress(OSError):  # a folder that cannot be seen just now asks for nothing
+                self._found = {name: (self._folder / name).exists() for name in self._found}
         return self._found[name]
 
     def obeyed(self, name: str) -> None:
         if self._enabled:
             self._found[name] = False
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # mostly it is not there; a read-only folder is told of by the save
                 (self._folder / name).unlink()
 
 
