@@ -67,11 +67,13 @@ class StopRequest:
     """`requested` says why (a signal's name, a control file, a launcher that is gone), or is empty.
 
     The same SIGINT or SIGTERM again after some seconds is a person losing patience: the process ends at once, which loses
-    nothing, because only whole checkpoints are ever visible.
+    nothing, because only whole checkpoints are ever visible. Until `patient` is set, when the ranks have met, nobody could
+    commit anything yet: SIGTERM and its like end the process at once, instead of after a launcher's patience of 30 s.
     """
 
     def __init__(self) -> None:
         self.requested = ""
+        self.patient = False
         self._control_file: Path | None = None
         self._first: dict[int, float] = {}
 
@@ -107,6 +109,8 @@ class StopRequest:
         return bool(self.requested)
 
     def _handle(self, number: int, frame: object) -> None:
+        if not self.patient and number != signal.SIGUSR1:
+            os._exit(int(ExitCode.INFRASTRUCTURE))
         if is_second_request(self._first, number):
             os._exit(128 + number)
         self.requested = self.requested or signal.Signals(number).name

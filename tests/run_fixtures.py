@@ -12,19 +12,24 @@ import dsgpt
 SEQ_LENGTH = 32
 
 
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory) -> Path:
+def make_dataset(folder: Path) -> Path:
+    """Tokenizer, text and dataset in a new folder: about 120 sequences of SEQ_LENGTH from dsgpt's own sources."""
     from dsgpt.data.prepare import prepare
     from dsgpt.tokenizer.training import train_on_texts
 
-    folder = tmp_path_factory.mktemp("dataset")
     names = ("errors.py", "optimizer.py", "units.py")
     texts = [(Path(dsgpt.__file__).parent / name).read_text("utf-8") for name in names]
     lines = "".join(json.dumps({"text": text}) + "\n" for whole in texts for text in whole.split("\n\n"))
+    folder.mkdir(parents=True)
     (folder / "texts.jsonl").write_text(lines, "utf-8")
     train_on_texts(texts, 300, folder / "tokenizer", "hf-bpe", {})
     prepare([folder / "texts.jsonl"], folder / "tokenizer", folder / "data", workers=1, validation=0.1)
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("dataset") / "made")
 
 
 @pytest.fixture()

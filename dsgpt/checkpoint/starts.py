@@ -90,18 +90,20 @@ def has_committed(run_dir: Path, starts: Sequence[Start]) -> bool:
     return False
 
 
-def starts_without_progress(run_dir: Path, starts: Sequence[Start], commits: Sequence[Commit]) -> int:
+def starts_without_progress(run_dir: Path, starts: Sequence[Start], commits: Sequence[Commit], but: str = "") -> int:
     """How many starts up to the last one failed, one after the other, without a commit of their own.
 
-    Only 76 and no verdict at all count; any other end, 75 among them, breaks the row: there was nothing to try again.
+    Only 76 and no verdict at all count; any other end, 75 among them, breaks the row: there was nothing to try again. A
+    start that died before it came to its line in `starts.jsonl` is known by its log folder; names of starts sort by time.
+    `but` is a start that is under way.
     """
-    seen_after = [*(start.commits for start in starts[1:]), tuple(commits)]
+    logs = run_dir / "logs"
+    names = {start.attempt for start in starts} | {path.name for path in logs.glob("*") if path.is_dir()}
+    progressed = {attempt for seen in (*(start.commits for start in starts), commits) for _, attempt in seen}
     failed = 0
-    for start, after in reversed([*zip(starts, seen_after, strict=False)]):
-        verdict = read_verdict(run_dir / "logs" / start.attempt)
-        if verdict is not None and verdict.exit_code != ExitCode.INFRASTRUCTURE:
-            break
-        if any(attempt == start.attempt for _, attempt in after):
+    for name in sorted(names - {but}, reverse=True):
+        verdict = read_verdict(logs / name)
+        if name in progressed or (verdict is not None and verdict.exit_code != ExitCode.INFRASTRUCTURE):
             break
         failed += 1
     return failed

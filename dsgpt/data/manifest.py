@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from dsgpt.errors import DataError
 
@@ -25,10 +25,20 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _stay_inside(path: str) -> str:
+    """A dataset of somebody else must not lead out of its folder."""
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ValueError(f"the path leaves the dataset folder: {path}")
+    return path
+
+
+_Inside = Annotated[str, AfterValidator(_stay_inside)]
+
+
 class TokenizerRecord(_Frozen):
     """The tokenizer whose ids the shards hold; `path` is its copy, relative to the dataset folder."""
 
-    path: str
+    path: _Inside
     sha256: str
     vocab_size: int
     bos_id: int | None
@@ -38,7 +48,7 @@ class TokenizerRecord(_Frozen):
 class Shard(_Frozen):
     """One .bin/.idx pair; `path` is its prefix relative to the dataset folder."""
 
-    path: str
+    path: _Inside
     documents: int
     tokens: int
     text_bytes: int
@@ -110,7 +120,7 @@ def load_manifest(folder: str | Path) -> DatasetManifest:
             do="make it, or continue an interrupted run, with: dsgpt data prepare INPUT... --tokenizer DIR "
             f"--output {folder}",
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read", seen=str(error), do="prepare the dataset again") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:

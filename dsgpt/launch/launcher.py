@@ -31,6 +31,7 @@ from dsgpt.process import (
     is_second_request,
     new_attempt,
 )
+from dsgpt.verdict import Verdict, read_verdict, record_verdict
 
 _POLL_SECONDS = 0.1
 
@@ -116,7 +117,10 @@ def run_job(job: Job, follower_for: Callable[[Path, str], Follower]) -> JobEnd:
                 follower.poll()
                 time.sleep(_POLL_SECONDS)
             follower.poll()
-    return _end_of(log_dir, log_file, process.returncode)
+    end = _end_of(log_dir, log_file, process.returncode)
+    if read_verdict(log_dir) is None:  # the ranks died before they knew where to write it
+        record_verdict(log_dir, Verdict(end.exit_code, "no_verdict" if end.exit_code == 76 else "", end.message))
+    return end
 
 
 def _group_is_alive(process_group: int) -> bool:
@@ -173,11 +177,9 @@ class _StopForwarder:
 
 def _end_of(log_dir: Path, log_file: Path, returncode: int) -> JobEnd:
     """The cause from the verdict that ranks or watchdogs left; the launcher's own code can be any rank's, or a signal's."""
-    try:
-        verdict = json.loads((log_dir / "end.json").read_text("utf-8"))
-        return JobEnd(int(verdict["exit_code"]), str(verdict["message"]), log_file)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    verdict = read_verdict(log_dir)
+    if verdict is not None:
+        return JobEnd(verdict.exit_code, verdict.message, log_file)
     if 0 < returncode < 128 and returncode in list(ExitCode):
         return JobEnd(returncode, "\n".join(_tail(log_file)), log_file)
     message = f"the job ended without a verdict (launcher code {returncode}); the end of {log_file}:"

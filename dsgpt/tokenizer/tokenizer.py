@@ -86,7 +86,11 @@ class Tokenizer:
             )
         described = any((folder / name).exists() for name in ("tokenizer_config.json", "config.json"))
         if not described and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return cls(_from_gpt2_files(folder), {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
+            try:
+                backend = _from_gpt2_files(folder)
+            except Exception as error:  # the library raises plain Exception for a file it cannot parse
+                raise _unreadable(folder / "vocab.json", error) from error
+            return cls(backend, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
         return cls._from_transformers(str(folder))
 
     @classmethod
@@ -94,7 +98,7 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            found = AutoTokenizer.from_pretrained(name, use_fast=True)
+            found = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
             backend = found.backend_tokenizer
         except Exception as error:  # from OSError to AttributeError, whatever the tokenizer's own code does
             raise _unreadable(name, error) from error

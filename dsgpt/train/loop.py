@@ -150,7 +150,8 @@ def _rehearse(run: Run) -> None:
 def _read_weights(run: Run) -> None:
     """Fill the model from what init_from names; what was read is given back on return."""
     run.enter("read the weights", 3)
-    weights = initial_weights(run.plan.config.model.init_from, run.plan.model)
+    section = run.plan.config.model
+    weights = initial_weights(section.init_from, run.plan.model, section.trust_checkpoint)
     run.engine.load(weights.read, ("master",), 0)
     run.engine.load_buffers(weights.buffers)
 

@@ -97,7 +97,7 @@ def _look(plan: ResolvedRun, world: World, log: RunLog) -> tuple[list[tuple[int,
         log.event("rewound_before", f"resume={step} was for the first start of job {world.job}: continuing")
         step = None
     starts.record_start(plan.output_dir, starts.Start(world.attempt, world.job, world.restarts, seen, step))
-    failed = starts.starts_without_progress(plan.output_dir, earlier, commits)
+    failed = starts.starts_without_progress(plan.output_dir, earlier, commits, but=world.attempt)
     if failed >= starts.MAX_STARTS_WITHOUT_PROGRESS:
         raise NoProgressError(
             f"the last {failed} starts ended without a new checkpoint",

@@ -114,12 +114,14 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
 
     timeout = loaded.config.run.hang_timeout_seconds
     patience = max(3 * timeout, MEET_SECONDS) if timeout else NO_TIMEOUT_SECONDS
-    end.heartbeat.phase("meet the other ranks", 0, 2 * patience)  # torch's own message comes first
+    # torch tries twice for as long; its own message comes before the watchdog.
+    end.heartbeat.phase("meet the other ranks", 0, 3 * patience)
     engine.prepare_process()
     device = choose_device(loaded.config.device)
     if device.kind == "cpu":
         keep_allocator_small()
     world = distributed.start(device.kind, patience)
+    stop.patient = True
     end.rank = world.rank
     try:
         engine.init_distributed(world)

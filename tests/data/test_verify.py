@@ -85,6 +85,10 @@ def test_a_manifest_that_is_not_whole_or_not_ours_is_an_error(dataset: Path) -> 
         (json.dumps({**content, "format_version": 2}), "a format this dsgpt does not know"),
         (json.dumps({**content, "splits": 3}), "is damaged"),
         (json.dumps({**content, "unknown": 3}), "is damaged"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "cannot be read"),
+        # T917: paths that lead out of the folder, of the tokenizer's copy and of a shard.
+        (json.dumps({**content, "tokenizer": {**content["tokenizer"], "path": "../../elsewhere"}}), "is damaged"),
+        (json.dumps(content).replace('"train-00000"', '"/etc/train-00000"'), "is damaged"),
     ):
         path.write_text(broken)
         with pytest.raises(DataError, match=expected):

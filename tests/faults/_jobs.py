@@ -234,22 +234,6 @@ def differences(folder: Path, reference: Reference) -> list[str]:
 # ---- what a run needs -----------------------------------------------------------------------------------------------
 
 
-def make_dataset(folder: Path) -> Path:
-    """A dataset of which MAX_STEPS steps are about three epochs, from dsgpt's own sources."""
-    import dsgpt
-    from dsgpt.data.prepare import prepare
-    from dsgpt.tokenizer.training import train_on_texts
-
-    names = ("errors.py", "optimizer.py", "units.py")
-    texts = [(Path(dsgpt.__file__).parent / name).read_text("utf-8") for name in names]
-    lines = "".join(json.dumps({"text": text}) + "\n" for whole in texts for text in whole.split("\n\n"))
-    folder.mkdir(parents=True)
-    (folder / "texts.jsonl").write_text(lines, "utf-8")
-    train_on_texts(texts, 300, folder / "tokenizer", "hf-bpe", {})
-    prepare([folder / "texts.jsonl"], folder / "tokenizer", folder / "data", workers=1, validation=0.1)
-    return folder / "data"
-
-
 def undisturbed(yaml: Path, folder: Path, fsync_seconds: float = 0.0) -> Reference:
     """Run a job to its end and keep what it left."""
     began = time.time()

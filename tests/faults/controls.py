@@ -23,9 +23,10 @@ from unittest import mock
 
 from dsgpt.checkpoint import commit as protocol
 from tests.faults import _bare, _mutations
-from tests.faults._jobs import SETTINGS, differences, make_dataset, undisturbed
+from tests.faults._jobs import SETTINGS, differences, undisturbed
 from tests.faults.protocol import BROKEN, every_point
 from tests.frame import Outcome, Row
+from tests.run_fixtures import make_dataset
 
 Save = Callable[[Path, Path], None]
 

@@ -22,11 +22,10 @@ from pathlib import Path
 from dsgpt.checkpoint import commit
 from dsgpt.checkpoint.reader import CheckpointReader, partition_file
 from dsgpt.errors import CheckpointError
-from tests.faults._jobs import make_dataset
 from tests.faults._trouble import Trouble, events, hashes, train
 from tests.frame import Outcome, Row
 from tests.pool import close_all, ranks
-from tests.run_fixtures import write_config
+from tests.run_fixtures import make_dataset, write_config
 
 STAGES = ("zero1", "zero3")
 OLDER, NEWEST, LAST = 2, 4, 6  # steps: two checkpoints, and where the run would end

@@ -41,12 +41,12 @@ from tests.faults._jobs import (
     differences,
     events,
     lines_of,
-    make_dataset,
     newest_commit,
     undisturbed,
 )
 from tests.faults.protocol import broken_promises
 from tests.frame import Outcome, Row
+from tests.run_fixtures import make_dataset
 
 KILLS_PER_RUN, FSYNC_SECONDS = (1, 5), 0.03
 DEATH_SECONDS, GIVE_UP_SECONDS = 15.0, 120.0

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from dsgpt.checkpoint import commit
-from tests.faults._jobs import Job, make_dataset
+from tests.faults._jobs import Job
 from tests.faults._trouble import BadSync, FileLimit, FullDisk, Trouble, can_mount, events, small_disk, train, unsound
 from tests.frame import Outcome, Row
 from tests.pool import close_all, ranks
-from tests.run_fixtures import write_config
+from tests.run_fixtures import make_dataset, write_config
 
 SETTINGS = {"checkpoint.save_interval": 1, "checkpoint.keep_last": 2, "optimizer.warmup_steps": 0}
 HANG_SECONDS = 8

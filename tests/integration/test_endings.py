@@ -302,10 +302,12 @@ def test_three_starts_without_a_commit_end_with_93_and_the_next_one_tries_again(
     folder = tmp_path / "stuck"
     ends = [Verdict(76, "hang"), None, Verdict(76, "rank_died")]
     for number, end in enumerate(ends):
-        (folder / "logs" / f"a{number}").mkdir(parents=True)
-        starts.record_start(folder, Start(f"a{number}", "7", number, ()))
+        attempt = f"20200101-00000{number}-abcd"
+        (folder / "logs" / attempt).mkdir(parents=True)
+        if number != 1:  # the second one died before it came to its line
+            starts.record_start(folder, Start(attempt, "7", number, ()))
         if end:
-            record_verdict(folder / "logs" / f"a{number}", end)
+            record_verdict(folder / "logs" / attempt, end)
     process = start([*DSGPT, "train", str(yaml)])
     output, _ = process.communicate(timeout=60)
     assert process.returncode == ExitCode.NO_PROGRESS, output
