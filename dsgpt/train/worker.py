@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dsgpt.errors import ConfigError, DsgptError, ExitCode, LockedError, OutOfMemoryError, PeerError
 from dsgpt.lease import LEASE_SECONDS
@@ -28,8 +28,8 @@ MEET_SECONDS = 30.0  # imports take different times on different nodes
 NO_TIMEOUT_SECONDS = 86400.0
 
 
-def main(argv: list[str]) -> int:
-    """Run one rank; returns the exit code."""
+def main(argv: list[str]) -> NoReturn:
+    """Run one rank; ends the process with the job's exit code."""
     stop = StopRequest()
     stop.install()
     stop.watch_launcher()
@@ -52,11 +52,10 @@ def main(argv: list[str]) -> int:
     code = end.write(code, message)
     if message and (end.rank == 0 or code not in (ExitCode.PREEMPTED, ExitCode.DONE)):
         print(message, file=sys.stderr, flush=True)
-    if code not in (ExitCode.DONE, ExitCode.PREEMPTED):
-        # Leaving the normal way would wait for collectives that never end.
-        sys.stdout.flush()
-        os._exit(int(code))
-    return int(code)
+    # Leaving the normal way may wait for collectives that never end, and runs destructors of threads still at work.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(code))
 
 
 class _End:

@@ -161,7 +161,7 @@ elif kind == "save":
     original, store._write_partition = store._write_partition, broken
 else:
     loop.train_step = faulty(loop.train_step)
-sys.exit(main(sys.argv[1:]))
+main(sys.argv[1:])
 """
 
 CASES = {
@@ -204,7 +204,7 @@ def test_a_rank_that_never_comes_is_waited_for_only_so_long(write_run, tmp_path,
     """T709: rank 0 of 2, alone. The run's folder is not touched."""
     script = tmp_path / "alone.py"
     script.write_text(
-        "import sys\nfrom dsgpt.train import worker\nworker.MEET_SECONDS = 3.0\nsys.exit(worker.main(sys.argv[1:]))\n"
+        "import sys\nfrom dsgpt.train import worker\nworker.MEET_SECONDS = 3.0\nworker.main(sys.argv[1:])\n"
     )
     yaml = write_run("alone", **{"run.hang_timeout_seconds": 1})
     ranks_and_port = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
