@@ -12,6 +12,7 @@ micro-batch has equally many targets.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -61,6 +62,11 @@ def prepare_process() -> None:
     """
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its Muon optimizer, imported with every engine, would import torch's compiler (85 MB on every rank) for a decorator.
+    compiler = deepspeed.runtime.compiler
+    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    compiler.compile = compile_
 
 
 def init_distributed(world: World) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from dsgpt.errors import ExitCode
 
 _PR_SET_PDEATHSIG = 1
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt(3)
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8  # of mallopt(3)
 # One request often arrives twice within moments, from the terminal and from a launcher that passes it on.
 SECOND_REQUEST_SECONDS = 3.0
 _LAUNCHER_POLL_SECONDS = 1.0
@@ -40,15 +40,16 @@ def rank_of_environment() -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def keep_allocator_small() -> None:
-    """On a CPU: give blocks of 8 MiB and more back to the system as soon as they are freed, and use one heap (glibc).
+def tune_allocator() -> None:
+    """On a CPU: blocks of 8 MiB and more go back to the system when they are freed, smaller ones stay, in one heap (glibc).
 
-    By itself glibc learns to keep blocks of up to 32 MiB: measured on a 9M-parameter model, that is a tenth of the peak
-    memory and no faster. With smaller thresholds the page faults cost more than a tenth of the speed.
+    By itself glibc learns to keep blocks of up to 32 MiB, and gives the end of the heap back after every step, to fault it
+    in again in the next: measured on a 9M-parameter model, 3 % of the peak memory and 4 % of the speed.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 8 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
         libc.mallopt(_M_ARENA_MAX, 1)
 
 

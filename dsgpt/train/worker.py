@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from dsgpt.errors import ConfigError, DsgptError, ExitCode, LockedError, OutOfMemoryError, PeerError
 from dsgpt.lease import LEASE_SECONDS
-from dsgpt.process import StopRequest, keep_allocator_small, rank_of_environment
+from dsgpt.process import StopRequest, rank_of_environment, tune_allocator
 from dsgpt.verdict import Verdict, read_verdict, record_verdict
 from dsgpt.watchdog import Heartbeat, start_watchdog
 
@@ -118,7 +118,7 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
     engine.prepare_process()
     device = choose_device(loaded.config.device)
     if device.kind == "cpu":
-        keep_allocator_small()
+        tune_allocator()
     world = distributed.start(device.kind, patience)
     stop.patient = True
     end.rank = world.rank
