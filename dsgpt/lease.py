@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from dsgpt.errors import LockedError
+from dsgpt.process import write_once
 
 LEASE_SECONDS, RENEW_SECONDS = 60.0, 10.0
 _LEASE = re.compile(r"^\.lease-(\d+)$")
@@ -149,7 +150,7 @@ class Lease:
             if found is not None:
                 _wait_until_free(folder, owner, found, watch_seconds, say)
             lease = cls(folder, owner, found[0] + 1 if found else 1)
-            if not lease._create():
+            if not write_once(lease.path, lease._text()):
                 raise _locked(folder, _parse((_newest(folder) or (0, ""))[1])[0])
             for name in os.listdir(folder):
                 match = _LEASE.match(name)
@@ -169,24 +170,6 @@ class Lease:
 
     def _text(self, released: bool = False) -> str:
         return json.dumps({"owner": asdict(self.owner), "renewed": self._count, "released": released}) + "\n"
-
-    def _create(self) -> bool:
-        """Make the lease's file with its content in one step; False when another job was faster."""
-        tmp = self.folder / f".tmp-lease-{self.owner.attempt}-{os.getpid()}"
-        tmp.write_text(self._text(), "utf-8")
-        try:
-            os.link(tmp, self.path)
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without hard links
-            try:
-                with self.path.open("x", encoding="utf-8") as file:
-                    file.write(self._text())
-            except FileExistsError:
-                return False
-        finally:
-            tmp.unlink()
-        return True
 
     def _write(self, released: bool = False) -> None:
         tmp = self.folder / f".tmp-lease-{self.owner.attempt}-{os.getpid()}"

@@ -59,6 +59,29 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def write_once(path: Path, text: str) -> bool:
+    """Create a file whole, or not at all; False when it is there already. Raises OSError where it cannot be written.
+
+    Of any number of processes on any hosts exactly one succeeds.
+    """
+    tmp = path.with_name(f".tmp-{path.name}-{socket.gethostname()}-{os.getpid()}")
+    try:
+        tmp.write_text(text, "utf-8")
+        try:
+            os.link(tmp, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links: there, for a moment, it may be seen half written
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
+
+
 def new_attempt() -> str:
     """A name for one start of a run: sortable by time, unique between starts in the same second."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"

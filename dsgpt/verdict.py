@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsgpt.errors import ExitCode
+from dsgpt.process import write_once
 
 END = "end.json"
 
@@ -55,25 +55,12 @@ class Verdict:
 def record_verdict(log_dir: Path, verdict: Verdict) -> Verdict:
     """Create the verdict's file, and its event, unless there is one; returns the one in force."""
     fields = {"time": time.time(), **verdict.as_dict()}
-    if write_once(log_dir / END, fields):
-        line = {"attempt": log_dir.name, "event": "end", "text": verdict.message, **fields}
-        with contextlib.suppress(OSError), (log_dir.parent.parent / "events.jsonl").open("ab") as file:
-            file.write(json.dumps(line).encode() + b"\n")
+    with contextlib.suppress(OSError):  # a full disk must not hide why the run ended: stderr has it too
+        if write_once(log_dir / END, json.dumps(fields) + "\n"):
+            line = {"attempt": log_dir.name, "event": "end", "text": verdict.message, **fields}
+            with (log_dir.parent.parent / "events.jsonl").open("ab") as file:
+                file.write(json.dumps(line).encode() + b"\n")
     return read_verdict(log_dir) or verdict
-
-
-def write_once(path: Path, value: Mapping[str, Any]) -> bool:
-    """Create a JSON file whole; False when it is there already or cannot be written."""
-    tmp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        tmp.write_text(json.dumps(value) + "\n", "utf-8")
-        os.link(tmp, path)
-        return True
-    except OSError:  # also a full disk: it must not hide why the run ended, stderr has it too
-        return False
-    finally:
-        with contextlib.suppress(OSError):
-            tmp.unlink()
 
 
 def read_verdict(log_dir: Path) -> Verdict | None:

@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dsgpt.errors import ExitCode
-from dsgpt.verdict import Verdict, read_verdict, record_verdict, write_once
+from dsgpt.process import write_once
+from dsgpt.verdict import Verdict, read_verdict, record_verdict
 
 POLL_SECONDS, GRACE_SECONDS, LEAVE_SECONDS, COMPARE_SECONDS = 1.0, 5.0, 20.0, 2.0
 STACK_SIGNAL = signal.SIGRTMIN + 8  # nobody else's; faulthandler writes all threads' stacks, even under a held lock
@@ -211,7 +212,8 @@ class Watchdog:
         if folder is None:
             print(f"rank {self.rank} does not get on with {phase!r} for {budget:.0f} s: killed", file=sys.stderr)
             return
-        write_once(folder / f"hang-rank-{self.rank:05d}.json", mine)
+        with contextlib.suppress(OSError):
+            write_once(folder / f"hang-rank-{self.rank:05d}.json", json.dumps(mine) + "\n")
         time.sleep(COMPARE_SECONDS)
         stuck = min(_hangs(folder) or [mine], key=_blame)
         stopped = " (it was stopped by a signal)" if stuck["state"] == "T" else ""

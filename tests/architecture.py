@@ -23,6 +23,9 @@ FLOORS = {
 }
 SIDEWAYS = {
     ("watchdog", "verdict"),
+    ("watchdog", "process"),
+    ("verdict", "process"),
+    ("lease", "process"),
     ("data", "tokenizer"),
     ("checkpoint", "engine"),
     ("cli", "quickstart"),

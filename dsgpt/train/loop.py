@@ -253,14 +253,12 @@ def _answer_spike(run: Run, report: StepReport, start: int, samples: Sequence[in
         first_sample=start,
         sample_ids=[int(i) for i in samples],
     )
-    if config.action == "warn":
+    if config.action == "warn" or run.last_committed < 0:  # before the first checkpoint there is nothing to go back to
         return False
     run.spikes.rollbacks += 1
-    if run.spikes.rollbacks > MAX_ROLLBACKS_IN_A_ROW or run.last_committed < 0:
+    if run.spikes.rollbacks > MAX_ROLLBACKS_IN_A_ROW:
         raise NumericalError(
-            f"the loss spikes again after {run.spikes.rollbacks - 1} rollbacks"
-            if run.last_committed >= 0
-            else "a loss spike before the first checkpoint: there is nothing to go back to",
+            f"the loss spikes again after {MAX_ROLLBACKS_IN_A_ROW} rollbacks",
             seen=f"step {state.step}: loss {report.loss}",
             do="lower optimizer.learning_rate, or look at the samples that the event loss_spike names",
         )
