@@ -94,6 +94,8 @@ def train(
     continuation = open_run(plan, world, log)
     run = _build(plan, world, log, stop, heartbeat, guard)
     _rehearse(run)
+    if continuation.checkpoint is None and world.is_main and (plan.output_dir / "metrics.jsonl").stat().st_size:
+        log.supersede(0)  # an earlier start died before its first commit
     if continuation.checkpoint is not None:
         run.enter("read the checkpoint", 3)
         restore(run, continuation)
