@@ -53,8 +53,9 @@ def main(argv: list[str]) -> NoReturn:
     if message and (end.rank == 0 or code not in (ExitCode.PREEMPTED, ExitCode.DONE)):
         print(message, file=sys.stderr, flush=True)
     # Leaving the normal way may wait for collectives that never end, and runs destructors of threads still at work.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a closed pipe must not change the code
+            stream.flush()
     os._exit(int(code))
 
 
@@ -66,7 +67,6 @@ class _End:
         self.folder: Path | None = None
         self.rank, self.host = 0, socket.gethostname()
         self.bystander, self.cause = False, ""
-        self.run: Any = None
 
     def write(self, code: ExitCode, message: str) -> ExitCode:
         """Write this rank's end and, where it is the first to know, the job's verdict; returns the job's exit code.
