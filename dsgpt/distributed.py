@@ -94,10 +94,11 @@ class World:
             raise PeerError(f"another rank failed: {what}", do="its message is in the log of its node")
 
 
-def start(device: str, timeout_seconds: float = _TIMEOUT_SECONDS) -> World:
+def start(device: str, timeout_seconds: float = _TIMEOUT_SECONDS, meet_seconds: float = _TIMEOUT_SECONDS) -> World:
     """Join the process group described by the environment; `device` is "cpu" or "cuda". Raises ConfigError.
 
-    Ranks that do not come, and collectives that do not end, fail after `timeout_seconds`.
+    Ranks that do not come fail after `meet_seconds` (torch tries twice to reach rank 0), collectives that do not end
+    after `timeout_seconds`.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -115,9 +116,9 @@ def start(device: str, timeout_seconds: float = _TIMEOUT_SECONDS) -> World:
         torch.cuda.set_device(torch_device)
     die_with_parent()
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds)
-        )
+        store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=meet_seconds)))
+        backend, timeout = "nccl" if device == "cuda" else "gloo", datetime.timedelta(seconds=timeout_seconds)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     world = World(rank, local_rank, size, local_size, torch_device)
     world.job, world.restarts = scheduler_job()
     attempt = os.environ.get("DSGPT_ATTEMPT") or new_attempt()

@@ -10,7 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dsgpt.errors import ExitCode
 from dsgpt.process import write_once
 
 END = "end.json"
+MAX_STARTS_WITHOUT_PROGRESS = 3
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,17 @@ class Verdict:
         return self.exit_code in (ExitCode.PREEMPTED, ExitCode.INFRASTRUCTURE) or (
             self.exit_code == ExitCode.OUT_OF_MEMORY and self.committed_here
         )
+
+    def after(self, failed_starts: int) -> Verdict:
+        """This one, where so many starts in a row failed before it: the third without a new checkpoint is 93, not 76."""
+        if (
+            self.exit_code != ExitCode.INFRASTRUCTURE
+            or self.committed_here
+            or failed_starts + 1 < MAX_STARTS_WITHOUT_PROGRESS
+        ):
+            return self
+        told = f"{failed_starts + 1} starts in a row ended without a new checkpoint: not worth another one as it is"
+        return replace(self, exit_code=int(ExitCode.NO_PROGRESS), message=f"{self.message}\n{told}")
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "requeue": self.requeue}

@@ -253,7 +253,8 @@ class Watchdog:
         if folder is not None:
             committed = told.get("last_committed", -1), told.get("committed_here", False)
             place = where["rank"], where["host"], where["step"], where["phase"]
-            record_verdict(folder, Verdict(int(code), cause, message, *place, *committed))
+            verdict = Verdict(int(code), cause, message, *place, *committed)
+            record_verdict(folder, verdict.after(told.get("failed_starts", 0)))
 
 
 def stacks_file(rank: int) -> str:

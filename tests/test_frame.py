@@ -84,10 +84,10 @@ def test_a_row_without_a_must_always_holds() -> None:
 
 
 def test_the_commit_protocol_survives_kills_at_random_instants(tmp_path: Path) -> None:
-    """T103: 500 of the 5,000 trials of `python -m tests.faults protocol`."""
-    kills, broken = protocol.random_instants(tmp_path / "checkpoints", trials=500, seed=1)
+    """T103: 500 of the 5,000 kills of `python -m tests.faults protocol`."""
+    rounds, broken = protocol.random_instants(tmp_path / "checkpoints", kills=500, seed=1)
     assert broken == []
-    assert kills > 125
+    assert rounds >= 4  # the kills did not keep it from ever committing
     assert protocol.left_behind(tmp_path / "checkpoints") == []
 
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from dsgpt.errors import ExitCode
 from dsgpt.verdict import read_verdict
 
-MAX_STARTS_WITHOUT_PROGRESS = 3
 STARTS = "starts.jsonl"
 
 Commit = tuple[int, str]  # step, attempt that made it

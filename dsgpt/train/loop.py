@@ -92,6 +92,7 @@ def train(
     heartbeat = heartbeat or Heartbeat()
     heartbeat.phase("choose the checkpoint", 0, 3 * plan.config.run.hang_timeout_seconds)
     continuation = open_run(plan, world, log)
+    heartbeat.tell(failed_starts=continuation.failed_starts)
     run = _build(plan, world, log, stop, heartbeat, guard)
     _rehearse(run)
     if continuation.checkpoint is None and world.is_main and (plan.output_dir / "metrics.jsonl").stat().st_size:

@@ -21,7 +21,7 @@ from dsgpt.train.changes import changed_keys
 from dsgpt.train.folder import versions
 from dsgpt.train.resolve import ResolvedRun
 from dsgpt.train.state import RunLog, TrainState
-from dsgpt.verdict import read_verdict
+from dsgpt.verdict import MAX_STARTS_WITHOUT_PROGRESS, read_verdict
 
 if TYPE_CHECKING:
     from dsgpt.train.loop import Run
@@ -29,10 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Continuation:
-    """Where a start continues: `checkpoint` None is step 0; `forked` says that it is another run's."""
+    """Where a start continues: `checkpoint` None is step 0; `forked` says that it is another run's.
+
+    `failed_starts` in a row ended before this one without a new checkpoint.
+    """
 
     checkpoint: Path | None
     forked: bool = False
+    failed_starts: int = 0
 
 
 def open_run(plan: ResolvedRun, world: World, log: RunLog) -> Continuation:
@@ -46,12 +50,12 @@ def open_run(plan: ResolvedRun, world: World, log: RunLog) -> Continuation:
         except DsgptError as problem:
             error = problem
     world.agree(error, "opening the run's folder")
-    candidates, step = world.broadcast_object(told)
+    candidates, step, failed = world.broadcast_object(told)
     folder, mode = plan.output_dir / "checkpoints", plan.config.resume
     if not candidates and step is None and plan.config.model.init_from.startswith("fork:"):
         source = locate_checkpoint(plan.config.model.init_from.removeprefix("fork:"))
         number = int(commit.read_manifest(source)["step"])
-        return Continuation(find_checkpoint([(number, source)], world, plan.config.checkpoint.verify)[0], forked=True)
+        return Continuation(find_checkpoint([(number, source)], world, plan.config.checkpoint.verify)[0], True, failed)
     wanted = [(number, Path(path)) for number, path in candidates if step is None or number == step]
     if step is not None and not wanted:
         raise CheckpointError(f"no committed checkpoint of step {step}", seen=str(folder))
@@ -62,11 +66,11 @@ def open_run(plan: ResolvedRun, world: World, log: RunLog) -> Continuation:
         raise CheckpointError("resume=must, but nothing is committed", seen=str(folder), do="resume=auto to start at 0")
     if checkpoint is None and candidates is not None and world.restarts:
         log.event("nothing_committed", "requeued before anything was committed: starting at step 0")
-    return Continuation(checkpoint)
+    return Continuation(checkpoint, failed_starts=failed)
 
 
-def _look(plan: ResolvedRun, world: World, log: RunLog) -> tuple[list[tuple[int, str]], int | None]:
-    """Rank 0's part: the commits that count, the step asked for; this start is recorded."""
+def _look(plan: ResolvedRun, world: World, log: RunLog) -> tuple[list[tuple[int, str]], int | None, int]:
+    """Rank 0's part: the commits that count, the step asked for, failed starts before; this start is recorded."""
     folder, mode = plan.output_dir / "checkpoints", plan.config.resume
     committed = commit.list_committed(folder)
     earlier = starts.read_starts(plan.output_dir)
@@ -98,7 +102,7 @@ def _look(plan: ResolvedRun, world: World, log: RunLog) -> tuple[list[tuple[int,
         step = None
     starts.record_start(plan.output_dir, starts.Start(world.attempt, world.job, world.restarts, seen, step))
     failed = starts.starts_without_progress(plan.output_dir, earlier, commits, but=world.attempt)
-    if failed >= starts.MAX_STARTS_WITHOUT_PROGRESS:
+    if failed >= MAX_STARTS_WITHOUT_PROGRESS:
         raise NoProgressError(
             f"the last {failed} starts ended without a new checkpoint",
             seen=_last_verdict(plan.output_dir, earlier),
@@ -110,7 +114,7 @@ def _look(plan: ResolvedRun, world: World, log: RunLog) -> tuple[list[tuple[int,
         names = ", ".join(path.name for path in paths)
         log.event("cut_off_commits", f"warning: {names}: of a job that was cut off, moved to {aside.name}", steps=names)
         committed = [entry for entry in committed if entry[1] not in paths]
-    return [(number, str(path)) for number, path in committed], step
+    return [(number, str(path)) for number, path in committed], step, failed
 
 
 def _last_verdict(folder: Path, earlier: list[starts.Start]) -> str:

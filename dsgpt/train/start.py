@@ -23,6 +23,7 @@ from dsgpt.launch.hardware import Hardware, detect
 from dsgpt.launch.launcher import Job, JobEnd, launch_command, run_job
 from dsgpt.train.changes import check_same_run
 from dsgpt.train.resolve import ResolvedRun, resolve_run
+from dsgpt.verdict import MAX_STARTS_WITHOUT_PROGRESS
 
 CPU_RANKS = 2
 
@@ -112,7 +113,7 @@ def _judge_progress(output_dir: Path, end: JobEnd) -> JobEnd:
         return end
     commits = [(step, attempt_of(path)) for step, path in list_committed(output_dir / "checkpoints")]
     failed = starts.starts_without_progress(output_dir, starts.read_starts(output_dir), commits)
-    if failed < starts.MAX_STARTS_WITHOUT_PROGRESS:
+    if failed < MAX_STARTS_WITHOUT_PROGRESS:
         return end
     message = f"{end.message}\n{failed} starts in a row ended without a new checkpoint: not worth another one as it is"
     return JobEnd(ExitCode.NO_PROGRESS, message, end.log_file)

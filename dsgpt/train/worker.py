@@ -96,7 +96,7 @@ class _End:
             while read_verdict(self.folder) is None and time.monotonic() < until:
                 time.sleep(0.1)
         if self.rank == 0 or code not in (ExitCode.DONE, ExitCode.PREEMPTED):
-            verdict = record_verdict(self.folder, verdict)
+            verdict = record_verdict(self.folder, verdict.after(told.get("failed_starts", 0)))
         self.heartbeat.end()
         return ExitCode(verdict.exit_code)
 
@@ -112,14 +112,14 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
     from dsgpt.train.resolve import resolve_run
 
     timeout = loaded.config.run.hang_timeout_seconds
-    patience = max(3 * timeout, MEET_SECONDS) if timeout else NO_TIMEOUT_SECONDS
+    meeting = max(timeout, MEET_SECONDS) if timeout else NO_TIMEOUT_SECONDS
     # torch tries twice for as long; its own message comes before the watchdog.
-    end.heartbeat.phase("meet the other ranks", 0, 3 * patience)
+    end.heartbeat.phase("meet the other ranks", 0, 3 * meeting)
     engine.prepare_process()
     device = choose_device(loaded.config.device)
     if device.kind == "cpu":
         tune_allocator()
-    world = distributed.start(device.kind, patience)
+    world = distributed.start(device.kind, 3 * timeout or NO_TIMEOUT_SECONDS, meeting)
     stop.patient = True
     end.rank = world.rank
     try:

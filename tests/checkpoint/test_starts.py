@@ -89,6 +89,15 @@ def test_the_first_verdict_stands_and_has_one_event(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["end.json"]
 
 
+def test_the_third_failed_start_in_a_row_ends_with_93():
+    failed = Verdict(76, "rank_died", "killed", committed_here=False)
+    assert [failed.after(number).exit_code for number in (0, 1, 2, 3)] == [76, 76, 93, 93]
+    third = failed.after(2)
+    assert third.cause == "rank_died" and not third.requeue and "3 starts in a row" in third.message
+    assert Verdict(76, "rank_died", committed_here=True).after(2).exit_code == 76
+    assert [Verdict(code, "").after(2).exit_code for code in (0, 75, 77, 79)] == [0, 75, 77, 79]
+
+
 def test_out_of_memory_is_worth_another_start_only_where_this_one_committed():
     assert not Verdict(77, "out_of_memory").requeue
     assert Verdict(77, "out_of_memory", committed_here=True).requeue

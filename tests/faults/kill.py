@@ -51,7 +51,7 @@ from tests.run_fixtures import make_dataset
 KILLS_PER_RUN, FSYNC_SECONDS = (1, 5), 0.03
 DEATH_SECONDS, GIVE_UP_SECONDS = 15.0, 120.0
 # Before the ranks have met nobody but torch's rendezvous can miss one, and it tries twice for so long.
-MEETING_SECONDS = 2 * max(3 * HANG_SECONDS, MEET_SECONDS) + DEATH_SECONDS
+MEETING_SECONDS = 2 * max(HANG_SECONDS, MEET_SECONDS) + DEATH_SECONDS
 
 
 @dataclass(frozen=True)

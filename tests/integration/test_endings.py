@@ -191,6 +191,16 @@ def test_a_fault_of_one_rank_ends_both_with_its_cause(write_run, tmp_path, kind)
     assert not watchdogs(tmp_path)
 
 
+def test_the_third_start_that_fails_without_a_commit_has_93_in_its_verdict(write_run, tmp_path):
+    """Whoever decides by the marker alone, without a supervisor, must not try a fourth time."""
+    for number in range(2):
+        (tmp_path / f"faulty/logs/20200101-00000{number}-abcd").mkdir(parents=True)
+    codes = run_two_ranks(write_run("faulty", **{"training.max_steps": 1000}), tmp_path, "abort")
+    told = verdict(tmp_path / "faulty")
+    assert (told["cause"], told["rank"], told["exit_code"], told["requeue"]) == ("rank_died", 1, 93, False), told
+    assert "3 starts in a row ended without a new checkpoint" in told["message"] and codes[0] in (93, -signal.SIGKILL)
+
+
 def test_ranks_that_disagree_about_a_collective_do_not_wait_for_ever(write_run, tmp_path):
     """T708. Which of the two is to blame nobody can tell; that they stand still is told, with the stacks of both."""
     settings = {"training.max_steps": 1000, "checkpoint.save_interval": 2, "run.hang_timeout_seconds": HANG_SECONDS}
