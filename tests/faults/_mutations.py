@@ -32,7 +32,17 @@ from tests.pool import RankPool
 
 STOP_STEP, STEPS = 7, 20
 SETTINGS = {"training.max_steps": STEPS}
-VARIANTS = {"plain": {}, "batch norm": {"model.norm": "batchnorm"}, "fp16": {}}
+VARIANTS = {
+    "plain": {},
+    "batch norm": {"model.norm": "batchnorm"},
+    "fp16": {},
+    "spike": {
+        "training.loss_spike.window": STOP_STEP - 1,
+        "training.loss_spike.action": "rollback",
+        "training.loss_spike.skip_steps": 1,
+        "checkpoint.save_interval": STOP_STEP - 1,
+    },
+}
 FP16_KEYS = {"enabled": True, "initial_scale_power": 22, "loss_scale_window": 2, "hysteresis": 2}
 
 
@@ -88,6 +98,10 @@ MUTATIONS: dict[str, tuple[str, Callable[[], Any]]] = {
     # As where only the low-precision copy is kept: harder to see than no weights at all.
     "master weights, to bf16": ("plain", lambda: _read_as(MASTER, lambda values: values.bfloat16().float())),
     "running statistics": ("batch norm", lambda: forgetting(_fresh_statistics)),
+    "losses before a spike": (
+        "spike",
+        lambda: forgetting(lambda reader: reader.manifest.update(recent_losses=[])),
+    ),
     "fp16 loss scale": ("fp16", lambda: forgetting(lambda reader: reader.manifest.update(loss_scale=None))),
 }
 
@@ -110,7 +124,9 @@ def train_here(world: World, yaml: Path, folder: Path, variant: str, mutation: s
     if variant == "fp16":
         config = plan.config.model_copy(update={"training": plan.config.training.model_copy(update={"dtype": "fp16"})})
         plan = replace(plan, config=config, deepspeed=fill_deepspeed(config, world.size) | {"fp16": FP16_KEYS})
-    with _fp16_allowed(variant == "fp16"), MUTATIONS[mutation][1]() if mutation else contextlib.nullcontext():
+    spoiled = _spoiled(STOP_STEP + 1) if variant == "spike" else contextlib.nullcontext()
+    forgotten = MUTATIONS[mutation][1]() if mutation else contextlib.nullcontext()
+    with _fp16_allowed(variant == "fp16"), spoiled, forgotten:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 return loop.train(plan, world, _StopAfter(stop_after)).step
@@ -125,6 +141,19 @@ def _fp16_allowed(wanted: bool) -> Iterator[None]:
     accelerator = deepspeed.get_accelerator()
     with mock.patch.object(accelerator, "is_fp16_supported", lambda: True) if wanted else contextlib.nullcontext():
         yield
+
+
+def _spoiled(at: int) -> Any:
+    """The samples of step `at`, as they come first, give ten times the loss."""
+    original, bad = loop.train_step, []
+
+    def train_step(*arguments: Any, **named: Any) -> Any:
+        report = original(*arguments, **named)
+        if not bad and named["step"] == at:
+            bad.append(report.data_crc)
+        return replace(report, loss=10 * report.loss) if report.data_crc in bad else report
+
+    return mock.patch.object(loop, "train_step", train_step)
 
 
 def forget(pool: RankPool, yaml: Path, root: Path, mutations: list[str]) -> dict[str, list[str]]:
