@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dsgpt.errors import ConfigError, DsgptError, PeerError
+from dsgpt.errors import ConfigError, LockedError, PeerError
 from dsgpt.lease import Lease, Owner
-from dsgpt.process import die_with_parent, free_port, new_attempt
+from dsgpt.process import complain, die_with_parent, free_port, new_attempt
 
 _TIMEOUT_SECONDS = 1800.0
 
@@ -93,6 +93,12 @@ class World:
         if failed:
             raise PeerError(f"another rank failed: {what}", do="its message is in the log of its node")
 
+    def require_folder(self, error: LockedError | None) -> None:
+        """Raise rank 0's error on every rank: before there is a verdict to read, each needs the code of the contract."""
+        refused = self.broadcast_object(error and error.problems)
+        if refused:
+            raise LockedError(problems=refused)
+
 
 def start(device: str, timeout_seconds: float = _TIMEOUT_SECONDS, meet_seconds: float = _TIMEOUT_SECONDS) -> World:
     """Join the process group described by the environment; `device` is "cpu" or "cuda". Raises ConfigError.
@@ -133,11 +139,11 @@ def folder_lease(folder: Path, world: World) -> Iterator[Lease | None]:
     if world.is_main:
         try:
             owner = Owner.of_this_process(world.attempt, world.job, world.restarts)
-            lease = Lease.acquire(folder, owner, say=lambda text: print(text, flush=True))
-        except DsgptError as problem:
+            lease = Lease.acquire(folder, owner, say=complain)
+        except LockedError as problem:
             error = problem
     try:
-        world.agree(error, "taking the run folder")
+        world.require_folder(error)
         yield lease
     finally:
         if lease is not None:

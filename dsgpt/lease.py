@@ -62,7 +62,8 @@ class Owner:
         return bool(self.machine) and self.machine == _machine()
 
     def __str__(self) -> str:
-        return f"job {self.job or '-'}, process {self.pid} on {self.host}, attempt {self.attempt}"
+        job = f"job {self.job}, " if self.job else ""
+        return f"{job}process {self.pid} on {self.host}, attempt {self.attempt}"
 
 
 def _machine() -> str:
@@ -152,6 +153,9 @@ class Lease:
             lease = cls(folder, owner, found[0] + 1 if found else 1)
             if not write_once(lease.path, lease._text()):
                 raise _locked(folder, _parse((_newest(folder) or (0, ""))[1])[0])
+            if lease.is_lost():  # the list of files that we judged by was an old one
+                lease.path.unlink(missing_ok=True)
+                raise _locked(folder, _parse((_newest(folder) or (0, ""))[1])[0])
             for name in os.listdir(folder):
                 match = _LEASE.match(name)
                 if match and int(match.group(1)) < lease.number:
@@ -225,7 +229,9 @@ def _wait_until_free(
     while time.monotonic() < until:
         time.sleep(min(1.0, watch_seconds / 10))
         now = _newest(folder)
-        if now is not None and now != found:
+        if now is not None and now[0] == found[0] and not found[1]:
+            found = now  # it can be read only now: that is no sign of life
+        elif now is not None and now[1] and now != found:
             still, released = _parse(now[1])
             if now[0] == found[0] and released:
                 return

@@ -13,6 +13,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ _PR_SET_PDEATHSIG = 1
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8  # of mallopt(3)
 # One request often arrives twice within moments, from the terminal and from a launcher that passes it on.
 SECOND_REQUEST_SECONDS = 3.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _LAUNCHER_POLL_SECONDS = 1.0
 # How long a rank may still need, after its launcher is gone, to finish a step and commit.
 _ORPHAN_SECONDS = 300.0
@@ -51,6 +53,12 @@ def tune_allocator() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, 8 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
         libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def complain(text: str) -> None:
+    """To stderr, which may be a closed pipe or a log on a full disk: that must change nothing else."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def free_port() -> int:
@@ -87,6 +95,11 @@ def new_attempt() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
+def is_ignored_hangup(number: signal.Signals) -> bool:
+    """Whether `nohup` asked this process to outlive its terminal."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+
+
 class StopRequest:
     """`requested` says why (a signal's name, a control file, a launcher that is gone), or is empty.
 
@@ -102,8 +115,9 @@ class StopRequest:
         self._first: dict[int, float] = {}
 
     def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, self._handle)
+        for number in STOP_SIGNALS:
+            if not is_ignored_hangup(number):
+                signal.signal(number, self._handle)
 
     def watch(self, control_file: Path) -> None:
         """Also stop when this file appears: the supervisor's way to ask all nodes without a signal. For one rank."""

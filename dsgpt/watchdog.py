@@ -32,15 +32,17 @@ import struct
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from dsgpt.errors import ExitCode
-from dsgpt.process import write_once
+from dsgpt.process import complain, write_once
 from dsgpt.verdict import Verdict, read_verdict, record_verdict
 
 POLL_SECONDS, GRACE_SECONDS, LEAVE_SECONDS, COMPARE_SECONDS = 1.0, 5.0, 20.0, 2.0
+MEMORY_LOOKS = 30
 STACK_SIGNAL = signal.SIGRTMIN + 8  # nobody else's; faulthandler writes all threads' stacks, even under a held lock
 _SIZE = 1 << 16
 # ticks, time of the last one (monotonic), budget of the phase in seconds, step, ended, phase
@@ -88,7 +90,7 @@ class Heartbeat:
             with contextlib.suppress(OSError):
                 self._stacks = (log_dir / stacks_file(rank)).open("a")
                 faulthandler.register(STACK_SIGNAL, file=self._stacks, all_threads=True)
-            self.tell(log_dir=str(log_dir))
+            self.tell(log_dir=str(log_dir), tells_stacks=self._stacks is not None)
 
     def tell(self, **information: Any) -> None:
         """What belongs into the report of a sudden end: small JSON values (plan, remedies, last commit)."""
@@ -100,7 +102,9 @@ class Heartbeat:
     def _write(self, ended: bool) -> None:
         if self._buffer is not None:
             name = self._phase.encode()[:24]
-            _HEAD.pack_into(self._buffer, 0, self._ticks, time.monotonic(), self._budget, self._step, ended, name)
+            # Not pack_into: it zeroes the buffer first, and the watchdog may look in that moment.
+            head = _HEAD.pack(self._ticks, time.monotonic(), self._budget, self._step, ended, name)
+            self._buffer[: _HEAD.size] = head
 
 
 def start_watchdog(rank: int) -> Heartbeat:
@@ -131,7 +135,9 @@ class Watchdog:
 
     def read(self) -> tuple[int, float, float, int, bool, str]:
         """(ticks, time of the last, budget, step, ended, phase)."""
-        ticks, when, budget, step, ended, name = _HEAD.unpack_from(self.buffer, 0)
+        while (head := self.buffer[: _HEAD.size]) != self.buffer[: _HEAD.size]:
+            pass  # it is being written
+        ticks, when, budget, step, ended, name = _HEAD.unpack(head)
         return ticks, when, budget, step, ended, name.rstrip(b"\0").decode()
 
     def information(self) -> dict[str, Any]:
@@ -148,7 +154,10 @@ class Watchdog:
 
     def watch(self) -> None:
         pidfd, leave_by = os.pidfd_open(self.pid), None
+        kills: deque[int] = deque(maxlen=MEMORY_LOOKS)  # a kill of long ago, or of somebody else, explains nothing
         while not select.select([pidfd], [], [], POLL_SECONDS)[0]:
+            kills.append(_memory_kills())
+            self.killed_for_memory = kills[0]
             _, when, budget, _, ended, _ = self.read()
             now = time.monotonic()
             if leave_by is not None:
@@ -162,8 +171,10 @@ class Watchdog:
                 if not good:
                     self.dump_stacks()
             elif budget and now - when > budget:
-                self.report_hang()
-                self.kill()
+                try:
+                    self.report_hang()
+                finally:
+                    self.kill()
         if not self.read()[4]:
             self.report_death()
 
@@ -173,7 +184,7 @@ class Watchdog:
 
     def dump_stacks(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            if self.log_dir is not None:  # before that the signal would kill it: its handler is not installed yet
+            if self.information().get("tells_stacks"):  # without its handler the signal would kill it
                 os.kill(self.pid, STACK_SIGNAL)
                 time.sleep(0.5)
 
@@ -210,11 +221,13 @@ class Watchdog:
         }
         folder = self.log_dir
         if folder is None:
-            print(f"rank {self.rank} does not get on with {phase!r} for {budget:.0f} s: killed", file=sys.stderr)
+            complain(f"rank {self.rank} does not get on with {phase!r} for {budget:.0f} s: killed")
             return
         with contextlib.suppress(OSError):
             write_once(folder / f"hang-rank-{self.rank:05d}.json", json.dumps(mine) + "\n")
         time.sleep(COMPARE_SECONDS)
+        if self.verdict() is not None:
+            return
         stuck = min(_hangs(folder) or [mine], key=_blame)
         stopped = " (it was stopped by a signal)" if stuck["state"] == "T" else ""
         self.give_verdict(
@@ -249,7 +262,7 @@ class Watchdog:
 
     def give_verdict(self, code: ExitCode, cause: str, message: str, where: Mapping[str, Any]) -> None:
         folder, told = self.log_dir, self.information()
-        print(message, file=sys.stderr, flush=True)
+        complain(message)
         if folder is not None:
             committed = told.get("last_committed", -1), told.get("committed_here", False)
             place = where["rank"], where["host"], where["step"], where["phase"]

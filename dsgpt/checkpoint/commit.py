@@ -14,6 +14,7 @@ rank opens or stats another rank's file.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -231,7 +232,13 @@ def remove_unfinished(checkpoints_dir: Path) -> list[str]:
     removed = []
     if checkpoints_dir.is_dir():
         for entry in list(os.scandir(checkpoints_dir)):
-            if entry.name.startswith(".tmp-step-"):
+            if entry.name.startswith(".trash-"):
                 shutil.rmtree(entry.path, ignore_errors=True)
-                removed.append(entry.name)
+            if entry.name.startswith(".tmp-step-"):
+                # Renamed first: whoever was cut off may commit it in this moment, and then its old name is gone.
+                trash = checkpoints_dir / f".trash-{entry.name}"
+                with contextlib.suppress(OSError):
+                    os.rename(entry.path, trash)
+                    shutil.rmtree(trash, ignore_errors=True)
+                    removed.append(entry.name)
     return removed

@@ -205,11 +205,18 @@ def _wait_for(path: Path) -> None:
 
 def verify_share(path: Path, world: World, mode: str) -> str:
     """Verify a checkpoint with the files spread over all ranks; the problems of all ranks as one text."""
+    digest = ""
     try:
         _wait_for(path / commit.MANIFEST)
-        names = sorted(commit.read_manifest(path)["files"])
+        manifest = commit.read_manifest(path)
+        names, digest = sorted(manifest["files"]), manifest["sha256"]
         problems = [str(p) for p in commit.verify(path, mode, only=names[world.rank :: world.size])]
     except CheckpointError as error:
         problems = [str(error)]
-    gathered = world.gather_objects(problems)
-    return world.broadcast_object("; ".join(text for part in gathered for text in part) if world.is_main else None)
+    gathered = world.gather_objects((digest, problems))
+    text = ""
+    if gathered is not None:
+        text = "; ".join(dict.fromkeys(one for _, part in gathered for one in part))
+        if not text and len({digest for digest, _ in gathered}) > 1:
+            text = f"{path}: the ranks see different manifests"
+    return world.broadcast_object(text)

@@ -87,13 +87,13 @@ class InitialWeights:
     buffers: dict[str, Tensor]
 
 
-def initial_weights(init_from: str, config: ModelConfig, trust: bool = False) -> InitialWeights:
-    """The weights that `hf:<folder>` or `checkpoint:<path>` names, of the given architecture; `trust` as in `load_model`."""
-    origin, _, location = init_from.partition(":")
-    if origin == "checkpoint":
-        path = locate_checkpoint(location)
-        require_intact(path)
-        reader = CheckpointReader(path)
-        return InitialWeights(lambda f, kind: reader.read(f.name, kind, f.start, f.numel), reader.buffers())
-    tensors = read_hf_weights(location, config, trust)
+def checkpoint_weights(checkpoint: Path) -> InitialWeights:
+    """Those of a verified checkpoint."""
+    reader = CheckpointReader(checkpoint)
+    return InitialWeights(lambda f, kind: reader.read(f.name, kind, f.start, f.numel), reader.buffers())
+
+
+def hf_weights(folder: Path, config: ModelConfig, trust: bool = False) -> InitialWeights:
+    """Those of a Hugging Face folder, of the given architecture; `trust` as in `load_model`."""
+    tensors = read_hf_weights(folder, config, trust)
     return InitialWeights(lambda f, kind: tensors[f.name].flatten()[f.start :][: f.numel].float(), tensors)

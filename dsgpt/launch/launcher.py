@@ -26,8 +26,11 @@ from dsgpt.launch.follow import Follower
 from dsgpt.lease import require_free
 from dsgpt.process import (
     SECOND_REQUEST_SECONDS,
+    STOP_SIGNALS,
+    complain,
     die_with_parent,
     free_port,
+    is_ignored_hangup,
     is_second_request,
     new_attempt,
 )
@@ -124,11 +127,17 @@ def run_job(job: Job, follower_for: Callable[[Path, str], Follower]) -> JobEnd:
 
 
 def _group_is_alive(process_group: int) -> bool:
+    """Zombies do not count: the first process of a container often buries nobody."""
     try:
         os.killpg(process_group, 0)
     except ProcessLookupError:
         return False
-    return True
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(group) == process_group and state not in "ZX":
+                return True
+    return not Path("/proc/self/stat").exists()
 
 
 def _environment(job: Job, attempt: str) -> dict[str, str]:
@@ -149,8 +158,9 @@ class _StopForwarder:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> _StopForwarder:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            self._previous[number] = signal.signal(number, self._handle)
+        for number in STOP_SIGNALS:
+            if not is_ignored_hangup(number):
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -161,6 +171,11 @@ class _StopForwarder:
         if is_second_request(self._first, number) and self.process_group is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process_group, signal.SIGKILL)
+            message = (
+                f"{signal.Signals(number).name} twice: stopped at once; the same command continues from the last commit"
+            )
+            record_verdict(self.request_file.parent, Verdict(128 + number, "stopped_at_once", message))
+            complain(message)
             os._exit(128 + number)
         if self.request_file.exists():
             return

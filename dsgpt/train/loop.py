@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dsgpt.checkpoint.weights import initial_weights
+from dsgpt.checkpoint.weights import checkpoint_weights, hf_weights
 from dsgpt.data.dataset import BlockDataset, SampleOrder
 from dsgpt.distributed import World
 from dsgpt.engine import Engine, construct
@@ -26,7 +26,7 @@ from dsgpt.process import StopRequest
 from dsgpt.train.folder import forecast_space, prepare_folder, write_resolved
 from dsgpt.train.left_out import LeftOutSteps
 from dsgpt.train.resolve import ResolvedRun
-from dsgpt.train.resume import last_good, open_run, restore, set_later_steps_aside
+from dsgpt.train.resume import find_source, last_good, open_run, restore, set_later_steps_aside
 from dsgpt.train.save import Controls, record_evaluation, save
 from dsgpt.train.spikes import MAX_ROLLBACKS_IN_A_ROW, LossSpikes
 from dsgpt.train.state import RunLog, TrainState
@@ -153,8 +153,12 @@ def _rehearse(run: Run) -> None:
 def _read_weights(run: Run) -> None:
     """Fill the model from what init_from names; what was read is given back on return."""
     run.enter("read the weights", 3)
-    section = run.plan.config.model
-    weights = initial_weights(section.init_from, run.plan.model, section.trust_checkpoint)
+    section, verify = run.plan.config.model, run.plan.config.checkpoint.verify
+    origin, _, place = section.init_from.partition(":")
+    if origin == "checkpoint":
+        weights = checkpoint_weights(find_source(place, run.world, verify))
+    else:
+        weights = hf_weights(Path(place), run.plan.model, section.trust_checkpoint)
     run.engine.load(weights.read, ("master",), 0)
     run.engine.load_buffers(weights.buffers)
 
@@ -205,9 +209,10 @@ def _run_steps(run: Run) -> None:
             stopping = report.wishes.preempt or report.wishes.stop
             if last or stopping or report.wishes.save or run.state.step % plan.config.checkpoint.save_interval == 0:
                 save(run, required=last or stopping)
-                run.controls.obeyed("SAVE")
+                if run.last_committed == run.state.step:
+                    run.controls.obeyed("SAVE")
                 meter.restart()
-            if stopping:
+            if report.wishes.stop:
                 run.controls.obeyed("STOP")
             if stopping and not last:
                 raise _ended(run, report.wishes)
@@ -238,7 +243,7 @@ def _count(run: Run, report: StepReport, start: int) -> None:
 
 def _ended(run: Run, wishes: Wishes) -> Preempted | Stopped:
     where = f"stopped at step {run.state.step} of {run.plan.max_steps}, committed"
-    if wishes.preempt:
+    if wishes.preempt and not wishes.stop:
         do = "start the same command again (without resume=) to continue"
         return Preempted(where, seen=run.stop.requested or "asked on another rank", do=do)
     return Stopped(where, seen="the file STOP in the run folder", do="start the same command again to continue")

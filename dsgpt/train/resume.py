@@ -53,9 +53,8 @@ def open_run(plan: ResolvedRun, world: World, log: RunLog) -> Continuation:
     candidates, step, failed = world.broadcast_object(told)
     folder, mode = plan.output_dir / "checkpoints", plan.config.resume
     if not candidates and step is None and plan.config.model.init_from.startswith("fork:"):
-        source = locate_checkpoint(plan.config.model.init_from.removeprefix("fork:"))
-        number = int(commit.read_manifest(source)["step"])
-        return Continuation(find_checkpoint([(number, source)], world, plan.config.checkpoint.verify)[0], True, failed)
+        source = find_source(plan.config.model.init_from.removeprefix("fork:"), world, plan.config.checkpoint.verify)
+        return Continuation(source, True, failed)
     wanted = [(number, Path(path)) for number, path in candidates if step is None or number == step]
     if step is not None and not wanted:
         raise CheckpointError(f"no committed checkpoint of step {step}", seen=str(folder))
@@ -67,6 +66,20 @@ def open_run(plan: ResolvedRun, world: World, log: RunLog) -> Continuation:
     if checkpoint is None and candidates is not None and world.restarts:
         log.event("nothing_committed", "requeued before anything was committed: starting at step 0")
     return Continuation(checkpoint, failed_starts=failed)
+
+
+def find_source(text: str, world: World, mode: str) -> Path:
+    """The verified checkpoint that RUN@STEP names; found once, since a run that still commits may show each rank another."""
+    error, found = None, None
+    if world.is_main:
+        try:
+            path = locate_checkpoint(text)
+            found = int(commit.read_manifest(path)["step"]), str(path)
+        except DsgptError as problem:
+            error = problem
+    world.agree(error, "finding the checkpoint to start from")
+    step, path = world.broadcast_object(found)
+    return find_checkpoint([(step, Path(path))], world, mode)[0]
 
 
 def _look(plan: ResolvedRun, world: World, log: RunLog) -> tuple[list[tuple[int, str]], int | None, int]:
@@ -81,7 +94,8 @@ def _look(plan: ResolvedRun, world: World, log: RunLog) -> tuple[list[tuple[int,
             seen=str(folder),
             do="use another run.output_dir, or remove the folder yourself",
         )
-    if mode != "fresh" and world.restarts and not earlier:
+    began_before = any(path.name != world.attempt for path in (plan.output_dir / "logs").glob("*"))
+    if mode != "fresh" and world.restarts and not earlier and not began_before:
         raise CheckpointError(
             "the job was requeued, but its run folder does not know of an earlier start",
             seen=f"{plan.output_dir} has no {starts.STARTS}, and this is restart {world.restarts} of job {world.job}",
@@ -143,7 +157,11 @@ def set_later_steps_aside(run: Run, checkpoint: Path) -> None:
     error, folder = None, run.checkpoints_dir
     if run.world.is_main:
         try:
-            later = [path for _, path in commit.list_committed(folder) if path.name > checkpoint.name]
+            later = [
+                path
+                for step, path in commit.list_committed(folder)
+                if step > int(checkpoint.name.removeprefix("step-"))
+            ]
             if later:
                 aside = commit.set_aside(folder, later)
                 names = [path.name for path in later]

@@ -6,11 +6,12 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from dsgpt.process import complain
 
 
 @dataclass
@@ -49,7 +50,7 @@ class JsonLines:
             self._file.flush()
         except OSError as error:
             self.lost_lines += 1
-            print(f"warning: {self.lost_lines} lines of {self._path} are lost: {error}", file=sys.stderr, flush=True)
+            complain(f"warning: {self.lost_lines} lines of {self._path} are lost: {error}")
 
 
 def _ends_within_a_line(path: Path | None) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from dsgpt.errors import ConfigError, DsgptError, ExitCode, LockedError, OutOfMemoryError, PeerError
 from dsgpt.lease import LEASE_SECONDS
-from dsgpt.process import StopRequest, rank_of_environment, tune_allocator
+from dsgpt.process import StopRequest, complain, rank_of_environment, tune_allocator
 from dsgpt.verdict import Verdict, read_verdict, record_verdict
 from dsgpt.watchdog import Heartbeat, start_watchdog
 
@@ -43,15 +43,15 @@ def main(argv: list[str]) -> NoReturn:
         code, message = error.exit_code, str(error)
         end.bystander, end.cause = isinstance(error, PeerError), error.cause
         if debug:
-            traceback.print_exc()
+            complain(traceback.format_exc())
     except BaseException as error:
         code, message = _foreign(error)
         end.bystander = code == ExitCode.INFRASTRUCTURE and _lost_a_peer(error)
         if code != ExitCode.OUT_OF_MEMORY:
-            traceback.print_exc()
+            complain(traceback.format_exc())
     code = end.write(code, message)
     if message and (end.rank == 0 or code not in (ExitCode.PREEMPTED, ExitCode.DONE)):
-        print(message, file=sys.stderr, flush=True)
+        complain(message)
     # Leaving the normal way may wait for collectives that never end, and runs destructors of threads still at work.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a closed pipe must not change the code
@@ -119,7 +119,9 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
     device = choose_device(loaded.config.device)
     if device.kind == "cpu":
         tune_allocator()
-    world = distributed.start(device.kind, 3 * timeout or NO_TIMEOUT_SECONDS, meeting)
+    # The others wait for rank 0 while it looks whether another job still holds the folder.
+    patience = max(3 * timeout, LEASE_SECONDS + MEET_SECONDS) if timeout else NO_TIMEOUT_SECONDS
+    world = distributed.start(device.kind, patience, meeting)
     stop.patient = True
     end.rank = world.rank
     try:
@@ -132,7 +134,7 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
             gpu_memory_bytes=device.memory_bytes,
             bf16=device.bf16,
         )
-        end.heartbeat.phase("take the run folder", 0, 3 * timeout + LEASE_SECONDS)
+        end.heartbeat.phase("take the run folder", 0, patience + MEET_SECONDS if timeout else 0.0)
         with distributed.folder_lease(plan.output_dir, world) as lease:
             log_dir = plan.output_dir / "logs" / world.attempt
             _make_log_dir(log_dir, world)
@@ -141,7 +143,10 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
             end.heartbeat.tell(plan=plan.memory_text(), remedies=_remedies(loaded.config))
             train(plan, world, stop, end.heartbeat, lease.check if lease else lambda: None)
     except Exception as error:
-        raise _explain_memory(error, loaded.config, end.heartbeat) from error
+        explained = _explain_memory(error, loaded.config, end.heartbeat)
+        if explained is error:
+            raise
+        raise explained from error
     finally:
         if sys.exc_info()[0] is None:
             distributed.stop()
@@ -154,7 +159,7 @@ def _make_log_dir(folder: Path, world: Any) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             error = LockedError("the run folder cannot be written", str(problem), "choose another run.output_dir")
-    world.agree(error, "making the log folder")
+    world.require_folder(error)
 
 
 def _remedies(config: Any) -> list[str]:
