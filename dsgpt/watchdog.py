@@ -153,7 +153,14 @@ class Watchdog:
         return Path(text) if text else None
 
     def watch(self) -> None:
-        pidfd, leave_by = os.pidfd_open(self.pid), None
+        with contextlib.suppress(ProcessLookupError):  # the rank was faster gone than this process started
+            self._follow(os.pidfd_open(self.pid))
+        if not self.read()[4]:
+            self.report_death()
+
+    def _follow(self, pidfd: int) -> None:
+        """Return when the rank is gone."""
+        leave_by = None
         kills: deque[int] = deque(maxlen=MEMORY_LOOKS)  # a kill of long ago, or of somebody else, explains nothing
         while not select.select([pidfd], [], [], POLL_SECONDS)[0]:
             kills.append(_memory_kills())
@@ -175,8 +182,6 @@ class Watchdog:
                     self.report_hang()
                 finally:
                     self.kill()
-        if not self.read()[4]:
-            self.report_death()
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -256,7 +261,9 @@ class Watchdog:
         self.give_verdict(
             ExitCode.INFRASTRUCTURE,
             "rank_died",
-            f"rank {self.rank} on {self.host} was killed or crashed in {phase!r} at step {step}",
+            f"rank {self.rank} on {self.host} was killed or crashed in {phase!r} at step {step}\n"
+            f"  seen: newest commit: {self.information().get('last_committed', 'not known')}; the log has its last words\n"
+            f"  do:   start the same command again to continue",
             where,
         )
 
@@ -314,8 +321,7 @@ def main(arguments: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # meant for the rank
     pid, rank, descriptor = (int(text) for text in arguments)
-    with contextlib.suppress(ProcessLookupError):  # the rank was faster gone than this process started
-        Watchdog(pid, rank, mmap.mmap(descriptor, _SIZE)).watch()
+    Watchdog(pid, rank, mmap.mmap(descriptor, _SIZE)).watch()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from dsgpt import lease
 from dsgpt.errors import LockedError
 from dsgpt.lease import Lease, Owner, require_free
 
@@ -131,6 +132,30 @@ def test_a_holder_elsewhere_without_a_sign_of_life_is_cut_off_and_learns_of_it(t
     lease.release()
 
 
+def test_a_folder_judged_by_an_old_list_is_not_taken(tmp_path, monkeypatch):
+    """As a network file system shows one: two others took and gave back the folder meanwhile, a third one holds it."""
+    folder = tmp_path / "run"
+    write_lease(folder, 1, owner("old"), released=True)
+    old = lease._newest(folder)
+    (folder / ".lease-1").unlink()
+    write_lease(folder, 3, owner("holder", **ELSEWHERE))
+    lists, newest = [old], lease._newest
+    monkeypatch.setattr(lease, "_newest", lambda place: lists.pop() if lists else newest(place))
+    with pytest.raises(LockedError, match="another job is using"):
+        Lease.acquire(folder, owner("late"))
+    assert sorted(path.name for path in folder.iterdir()) == [".lease-3"]
+
+
+def test_a_dead_holder_whose_file_could_not_be_read_at_first_shows_no_sign_of_life(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    write_lease(folder, 1, owner("dead", **ELSEWHERE))
+    lists, newest = [(1, "")], lease._newest
+    monkeypatch.setattr(lease, "_newest", lambda place: lists.pop() if lists else newest(place))
+    taken = Lease.acquire(folder, owner("next"), watch_seconds=1.0)
+    assert taken.number == 2
+    taken.release()
+
+
 @pytest.mark.parametrize(("restarts", "taken"), [(1, True), (0, False)])
 def test_a_requeue_of_the_same_job_does_not_wait_for_its_own_lease(tmp_path, restarts, taken):
     """T902: a scheduler starts a job again only after its end; two steps of one allocation are no requeue."""
@@ -149,3 +174,39 @@ def test_a_released_folder_is_free_at_once_and_a_folder_that_cannot_be_made_is_7
     (tmp_path / "file").write_text("")
     with pytest.raises(LockedError, match="cannot be written"):
         Lease.acquire(tmp_path / "file" / "run", owner("a"))
+
+
+def take(world, folder):
+    from dsgpt import distributed
+    from dsgpt.errors import DsgptError
+
+    try:
+        with distributed.folder_lease(folder, world):
+            return 0
+    except DsgptError as error:
+        return int(error.exit_code)
+
+
+def test_a_folder_held_elsewhere_is_73_on_every_rank(tmp_path):
+    """Whichever rank's code a launcher passes on, it must not look like a failure that is worth another start."""
+    import threading
+
+    from tests.pool import ranks
+
+    folder, stop, number = tmp_path / "run", threading.Event(), 0
+    write_lease(folder, 1, owner("holder", **ELSEWHERE))
+
+    def renew():
+        nonlocal number
+        while not stop.wait(0.2):
+            number += 1
+            write_lease(folder, 1, owner("holder", **ELSEWHERE), renewed=number)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        assert ranks(2).run(take, folder) == [73, 73]
+    finally:
+        stop.set()
+        thread.join()
+    assert ranks(2).run(take, tmp_path / "another") == [0, 0]

@@ -222,6 +222,8 @@ def verify(checkpoint: Path, mode: str = "hash", only: Sequence[str] | None = No
                 )
             elif mode == "hash" and retrying(lambda path=path: hash_file(path))[0] != entry["sha256"]:  # type: ignore[misc]
                 problems.append(Problem("file content differs from its hash", seen=str(path)))
+        except PermissionError:
+            problems.append(Problem("file may not be read", seen=str(path), do="ask its owner to allow it: chmod a+r"))
         except OSError as error:
             problems.append(Problem("file cannot be read", seen=f"{path}: {error}"))
     return problems

@@ -17,6 +17,7 @@ from dsgpt.config import flatten
 
 # What is about the files, not about the state.
 _NOT_STATE = ("files", "parameters", "attempt", "format_version", "sha256")
+MAX_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,14 @@ class Difference:
         return {"recorded": recorded, "tensors": [vars(one) for one in self.tensors], "compared": self.compared}
 
     def lines(self) -> list[str]:
-        told = [f"{key}: {before!r} | {after!r}" for key, (before, after) in self.recorded.items()]
+        told = [f"{key}: {_short(before)} | {_short(after)}" for key, (before, after) in self.recorded.items()]
         told += [str(one) for one in self.tensors]
         equal = self.compared - len(self.tensors)
         return [*told, f"{equal} of {self.compared} tensors are equal bit for bit"]
+
+
+def _short(value: Any) -> str:
+    return f"{len(value)} values" if isinstance(value, list) and len(value) > MAX_SHOWN else repr(value)
 
 
 def compare(one: Path, other: Path) -> Difference:

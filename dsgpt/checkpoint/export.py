@@ -28,6 +28,7 @@ from dsgpt.errors import CheckpointError
 from dsgpt.model.gpt import GPT
 from dsgpt.model.hf_format import hf_config, to_hf
 from dsgpt.planning import parameter_count
+from dsgpt.process import give_default_mode
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 << 30
@@ -98,6 +99,7 @@ def _write_tensors(reader: CheckpointReader, config: ModelConfig, folder: Path) 
     def flush() -> None:
         nonlocal held, held_bytes
         save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        give_default_mode(folder / f"shard-{len(shards)}")
         shards.append(list(held))
         held, held_bytes = {}, 0
 
@@ -124,7 +126,9 @@ def _reference(folder: Path, architecture: str) -> Callable[[Tensor], Tensor]:
     if architecture == "dsgpt":
         return load_model(ModelLocation(folder, False, folder))
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return lambda ids: model(ids).logits
 

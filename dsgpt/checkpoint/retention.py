@@ -1,9 +1,10 @@
 """Which checkpoints stay: the newest few, every n-th for good, the best by validation, what a person pinned.
 
 Deleting goes through a rename to `.trash-…`, so a half-deleted checkpoint is never seen. Only rank 0 deletes, after a newer
-commit; the newest checkpoint whose files have their right sizes is never deleted, whatever the settings. A file named
-`KEEP` in a checkpoint's folder pins it. `evaluation.json` beside the manifest holds its validation loss: it is written after
-the commit, when the step has been evaluated, and moves with the folder. Torch-free.
+commit; the newest good checkpoint is never deleted, whatever the settings. A run that has just written the newest one looks
+at sizes only (`verify_mode`); a person who prunes has it hashed. A file `KEEP` in a checkpoint's folder pins it.
+`evaluation.json` beside the manifest holds its validation loss: it is written after the commit, when the step has been
+evaluated, and moves with the folder. Torch-free.
 """
 
 from __future__ import annotations
@@ -44,13 +45,17 @@ def best(committed: Sequence[tuple[int, Path]]) -> tuple[int, Path] | None:
 
 
 def surplus(
-    committed: Sequence[tuple[int, Path]], keep_last: int, keep_every: int | None = None, keep_best: bool = False
+    committed: Sequence[tuple[int, Path]],
+    keep_last: int,
+    keep_every: int | None = None,
+    keep_best: bool = False,
+    verify_mode: str = "size",
 ) -> list[tuple[int, Path]]:
     """What the settings do not keep, oldest first. `keep_last` 0 keeps all."""
     if keep_last <= 0 or len(committed) <= keep_last:
         return []
     found = best(committed) if keep_best else None
-    newest_good = next((step for step, path in reversed(committed) if not verify(path, mode="size")), None)
+    newest_good = next((step for step, path in reversed(committed) if not verify(path, verify_mode)), None)
     stay = {newest_good, found[0] if found else None}
     return [
         (step, path)
@@ -59,7 +64,13 @@ def surplus(
     ]
 
 
-def prune(checkpoints_dir: Path, keep_last: int, keep_every: int | None = None, keep_best: bool = False) -> list[int]:
+def prune(
+    checkpoints_dir: Path,
+    keep_last: int,
+    keep_every: int | None = None,
+    keep_best: bool = False,
+    verify_mode: str = "size",
+) -> list[int]:
     """Delete the surplus, and what crashed deletes left behind. Returns the deleted steps."""
     if not checkpoints_dir.is_dir():
         return []
@@ -67,7 +78,7 @@ def prune(checkpoints_dir: Path, keep_last: int, keep_every: int | None = None, 
         if entry.name.startswith(".trash-"):
             shutil.rmtree(entry.path, ignore_errors=True)
     deleted = []
-    for step, path in surplus(list_committed(checkpoints_dir), keep_last, keep_every, keep_best):
+    for step, path in surplus(list_committed(checkpoints_dir), keep_last, keep_every, keep_best, verify_mode):
         trash = checkpoints_dir / f".trash-{path.name}-{os.getpid()}"
         os.rename(path, trash)
         shutil.rmtree(trash, ignore_errors=True)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dsgpt.checkpoint.commit import attempt_of
 from dsgpt.errors import ExitCode
 from dsgpt.verdict import read_verdict
 
@@ -76,17 +77,28 @@ def cut_off(starts: Sequence[Start], commits: Sequence[Commit]) -> list[Commit]:
 
 
 def has_committed(run_dir: Path, starts: Sequence[Start]) -> bool:
-    """Whether any start saw or made a commit, going by what they left, where no checkpoint is left itself.
+    """Whether the newest start saw or made a commit, where no checkpoint is left itself.
 
-    Commits that were all set aside are still there, and somebody was told: they do not count.
+    Commits that were set aside (`abandoned-<n>`) are still there, and somebody was told: they do not count. What older
+    starts made was seen by the newest one, or was cut off.
     """
-    if not starts or any((run_dir / "checkpoints").glob("abandoned-*")):
+    if not starts:
         return False
-    if any(start.commits for start in starts):
-        return True
+    last = starts[-1]
+    aside = {(path.name, attempt_of(path)) for path in (run_dir / "checkpoints").glob("abandoned-*/step-*")}
+    known = [*last.commits, *((step, last.attempt) for step in _committed_by(run_dir, last.attempt))]
+    return any(not {(f"step-{step:08d}", attempt), (f"step-{step:08d}", "")} & aside for step, attempt in known)
+
+
+def _committed_by(run_dir: Path, attempt: str) -> list[int]:
+    """Steps that a start told of as committed."""
+    steps = []
     with contextlib.suppress(FileNotFoundError), (run_dir / "events.jsonl").open("rb") as file:
-        return any(b'"event": "committed"' in line for line in file)
-    return False
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if b'"committed"' in line and (event := json.loads(line))["event"] == "committed":
+                    steps += [int(event["step"])] if event["attempt"] == attempt else []
+    return steps
 
 
 def starts_without_progress(run_dir: Path, starts: Sequence[Start], commits: Sequence[Commit], but: str = "") -> int:

@@ -33,6 +33,7 @@ from dsgpt.checkpoint.reader import CheckpointReader, buffer_key, partition_file
 from dsgpt.distributed import World
 from dsgpt.engine import Engine, Fragment
 from dsgpt.errors import CheckpointError, LockedError, SaveError
+from dsgpt.process import give_default_mode
 
 VISIBLE_SECONDS = 30.0
 
@@ -116,6 +117,7 @@ def _write_partition(engine: Engine, folder: Path, rank: int, fragments: Sequenc
     # One metadata entry only: with several, safetensors writes them in random order, and equal states differ in bytes.
     try:
         save_file(tensors, folder / name, metadata={"starts": json.dumps(starts)})
+        give_default_mode(folder / name)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number.group(1)) if number else 0, str(error)) from error
@@ -186,12 +188,12 @@ def find_checkpoint(committed: Sequence[tuple[int, Path]], world: World, mode: s
         problems = verify_share(path, world, mode)
         if not problems:
             return path, rejected
-        rejected.append(f"{path.name}: {problems}")
+        rejected.append(f"{path.name}: {' '.join(problems.split())}")
     if committed:
         raise CheckpointError(
             "no committed checkpoint is intact" if len(committed) > 1 else "the checkpoint is damaged",
             seen="; ".join(rejected),
-            do="restore the files, or start again with resume=fresh in a new output_dir",
+            do="restore the files, or another step (dsgpt checkpoint verify RUN_DIR), or begin again in a new run.output_dir",
         )
     return None, rejected
 

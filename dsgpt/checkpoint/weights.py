@@ -53,7 +53,9 @@ def require_intact(checkpoint: Path) -> None:
     """Raise CheckpointError when any file differs from the manifest's hash."""
     problems = commit.verify(checkpoint)
     if problems:
-        raise CheckpointError(problems=[Problem(p.what, p.seen, "use an older checkpoint: RUN@STEP") for p in problems])
+        raise CheckpointError(
+            problems=[Problem(p.what, p.seen, p.do or "use an older checkpoint: RUN@STEP") for p in problems]
+        )
 
 
 def load_model(location: ModelLocation, device: str = "cpu", trust: bool = False) -> GPT:

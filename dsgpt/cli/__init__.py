@@ -27,7 +27,7 @@ VERBS = {
     "train": ("dsgpt.cli.train:train", "Train, or continue training, the run a config describes."),
     "evaluate": ("dsgpt.cli.evaluate:evaluate", "Loss, perplexity and bits per byte of a model."),
     "generate": ("dsgpt.cli.generate:generate", "Continue a prompt with a model."),
-    "checkpoint": ("dsgpt.cli.checkpoint:checkpoint", "List, verify and export checkpoints."),
+    "checkpoint": ("dsgpt.cli.checkpoint:checkpoint", "List, verify, compare, delete and export checkpoints."),
     "config": ("dsgpt.cli.config:config", "List, copy, show, explain and validate configs."),
     "doctor": ("dsgpt.cli.doctor:doctor", "What would go wrong on this machine, and the fix."),
 }

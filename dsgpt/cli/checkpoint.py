@@ -74,15 +74,21 @@ def list_checkpoints(run_dir: Path, as_json: bool) -> None:
 
 
 @checkpoint.command()
-@click.argument("run_dir", type=_FOLDER)
+@click.argument("run")
 @click.option("--size-only", is_flag=True, help="Compare sizes, not hashes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def verify(run_dir: Path, size_only: bool, as_json: bool) -> None:
-    """Check every committed checkpoint of a run, or one checkpoint folder, against its manifest. 65 if any is bad."""
+def verify(run: str, size_only: bool, as_json: bool) -> None:
+    """Check every committed checkpoint of RUN, or one (RUN@STEP, RUN@best or a folder), against its manifest.
+
+    Ends with 65 if any is bad.
+    """
     from dsgpt.checkpoint import commit
+    from dsgpt.checkpoint.locate import locate_checkpoint, split_step
     from dsgpt.cli.common import print_json
 
-    results = {str(path): commit.verify(path, "size" if size_only else "hash") for _, path in _committed(run_dir)}
+    folder, step = split_step(run)
+    paths = [locate_checkpoint(run)] if step else [path for _, path in _committed(folder)]
+    results = {str(path): commit.verify(path, "size" if size_only else "hash") for path in paths}
     if as_json:
         print_json({"checkpoints": {path: [str(p) for p in problems] for path, problems in results.items()}})
     else:
@@ -132,11 +138,11 @@ def prune(run_dir: Path, keep_last: int, keep_every: int | None, keep_best: bool
 
     committed = _committed(run_dir)
     if dry_run:
-        steps = [step for step, _ in retention.surplus(committed, keep_last, keep_every, keep_best)]
+        steps = [step for step, _ in retention.surplus(committed, keep_last, keep_every, keep_best, "hash")]
     else:
         lease = Lease.acquire(run_dir, Owner.of_this_process(new_attempt()), say=click.echo)
         try:
-            steps = retention.prune(run_dir / "checkpoints", keep_last, keep_every, keep_best)
+            steps = retention.prune(run_dir / "checkpoints", keep_last, keep_every, keep_best, "hash")
         finally:
             lease.release()
     if as_json:

@@ -46,9 +46,9 @@ def train(
         print_json(end.as_dict())
     elif end.message:
         click.echo(end.message, err=True)
-    if end.exit_code == 75 and not as_json:
+    if end.exit_code in (75, 76) and not as_json:
         click.echo(f"continue with: dsgpt train {continue_line(arguments, num_processes)}", err=True)
-    elif end.exit_code and not as_json:
+    if end.exit_code not in (0, 75) and not as_json:
         click.echo(f"log: {end.log_file}", err=True)
     sys.exit(end.exit_code)
 

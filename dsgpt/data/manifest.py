@@ -117,8 +117,8 @@ def load_manifest(folder: str | Path) -> DatasetManifest:
         raise DataError(
             f"{folder} holds no finished dataset",
             seen=f"{state}, {FILE_NAME} is missing",
-            do="make it, or continue an interrupted run, with: dsgpt data prepare INPUT... --tokenizer DIR "
-            f"--output {folder}",
+            do="if it was moved, data.root=FOLDER; else make it, or continue an interrupted run, with: "
+            f"dsgpt data prepare INPUT... --tokenizer DIR --output {folder}",
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read", seen=str(error), do="prepare the dataset again") from error

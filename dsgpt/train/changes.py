@@ -80,7 +80,8 @@ def changed_keys(folder: Path, run: ResolvedRun) -> dict[str, tuple[Any, Any]]:
     before, now = flatten(plain(tree)), flatten(run.config.model_dump(mode="json"))
     # A key that the older config did not have yet was at its default then: no change that anybody made.
     # Nor is the folder's own place one: it is written as "." there, so that the folder can be moved.
-    keys = sorted(before.keys() - {"run.output_dir"})
+    # `resume` is about one start.
+    keys = sorted(before.keys() - {"run.output_dir", "resume"})
     return {key: (before[key], now.get(key)) for key in keys if before[key] != now.get(key)}
 
 

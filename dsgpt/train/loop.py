@@ -17,7 +17,7 @@ from dsgpt.checkpoint.weights import checkpoint_weights, hf_weights
 from dsgpt.data.dataset import BlockDataset, SampleOrder
 from dsgpt.distributed import World
 from dsgpt.engine import Engine, construct
-from dsgpt.errors import NumericalError, Preempted, Stopped
+from dsgpt.errors import ConfigError, NumericalError, Preempted, Stopped
 from dsgpt.evaluate import Evaluation, evaluate_split
 from dsgpt.model.gpt import GPT
 from dsgpt.model.recompute import apply_activation_checkpointing
@@ -105,6 +105,9 @@ def train(
     elif plan.config.model.init_from != "scratch":
         _read_weights(run)
     write_resolved(plan, world, log, changes)
+    if run.state.step >= plan.max_steps and continuation.forked:
+        seen = f"forked at step {run.state.step}, training.max_steps is {plan.max_steps}"
+        raise ConfigError("the fork has nothing to train", seen=seen, do="a larger training.max_steps")
     if run.state.step >= plan.max_steps:
         log.event("finished", f"step {run.state.step} of {plan.max_steps} is reached already: nothing to train")
         return run.state

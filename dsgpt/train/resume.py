@@ -57,7 +57,9 @@ def open_run(plan: ResolvedRun, world: World, log: RunLog) -> Continuation:
         return Continuation(source, True, failed)
     wanted = [(number, Path(path)) for number, path in candidates if step is None or number == step]
     if step is not None and not wanted:
-        raise CheckpointError(f"no committed checkpoint of step {step}", seen=str(folder))
+        there = ", ".join(str(number) for number, _ in candidates) or "none"
+        do = "resume=<one of these>, or leave it out to continue from the newest"
+        raise CheckpointError(f"no committed checkpoint of step {step}", seen=f"{folder} has: {there}", do=do)
     checkpoint, rejected = find_checkpoint(wanted, world, plan.config.checkpoint.verify)
     for reason in rejected:
         log.event("checkpoint_rejected", f"warning: passed over a damaged checkpoint: {reason}", reason=reason)

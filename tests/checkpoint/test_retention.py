@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from dsgpt.checkpoint import commit, retention
 from dsgpt.checkpoint.locate import locate_checkpoint
+from dsgpt.cli import cli
 from dsgpt.errors import CheckpointError
 
 
@@ -44,6 +46,20 @@ def test_the_newest_good_checkpoint_never_goes(tmp_path):
         (tmp_path / f"step-0000000{step}" / "rank-00000.safetensors").write_bytes(b"short of it")
     assert retention.prune(tmp_path, 1) == [1, 3]
     assert steps(tmp_path) == [2, 4]
+
+
+def test_pruning_by_hand_knows_a_flipped_bit(tmp_path):
+    """Sizes are right, hashes are not: the newest one whose hashes are right stays."""
+    for step in (10, 20, 30):
+        save(tmp_path / "checkpoints", step)
+    (broken,) = (tmp_path / "checkpoints/step-00000030").glob("*.safetensors")
+    content = bytearray(broken.read_bytes())
+    content[-1] ^= 1
+    broken.write_bytes(content)
+    command = ["checkpoint", "prune", str(tmp_path), "--keep-last", "1"]
+    assert "would delete: 10\n" in CliRunner().invoke(cli, [*command, "--dry-run"]).output
+    assert "deleted: 10\n" in CliRunner().invoke(cli, command).output
+    assert steps(tmp_path / "checkpoints") == [20, 30]
 
 
 def test_what_a_crashed_delete_left_is_cleaned_up(tmp_path):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 
+from dsgpt.checkpoint.commit import begin, commit, set_aside
 from dsgpt.checkpoint.starts import (
     Start,
     cut_off,
+    has_committed,
     has_rewound,
     read_starts,
     record_start,
@@ -62,6 +65,23 @@ def test_commits_of_a_job_that_was_cut_off_are_known_by_the_start_that_did_not_s
     assert cut_off([], [(10, "a")]) == []
     assert cut_off([old, new], [(10, "a"), (15, "a"), (20, "b")]) == [(15, "a")]
     assert cut_off([old], [(10, "a"), (15, "a")]) == []
+
+
+def test_commits_that_are_gone_are_missed_unless_they_were_set_aside(tmp_path):
+    """A rewound run has checkpoints aside for good; what it had besides them must still be there."""
+    checkpoints = tmp_path / "checkpoints"
+    for step in (20, 40):
+        tmp = begin(checkpoints, step, "a")
+        commit(checkpoints, tmp, {"step": step, "attempt": "a", "files": {}})
+    begun(tmp_path, "b", [(20, "a"), (40, "a")], rewound_to=20)
+    set_aside(checkpoints, [checkpoints / "step-00000040"])
+    assert has_committed(tmp_path, read_starts(tmp_path))
+    shutil.rmtree(checkpoints / "step-00000020")
+    assert has_committed(tmp_path, read_starts(tmp_path)), "step 20 is neither there nor set aside"
+    begun(tmp_path, "c")
+    assert not has_committed(tmp_path, read_starts(tmp_path)), "it saw none and made none"
+    (tmp_path / "events.jsonl").write_text('{"event": "committed", "step": 10, "attempt": "c"}\n')
+    assert has_committed(tmp_path, read_starts(tmp_path))
 
 
 def test_a_rewind_is_for_the_first_start_of_a_job(tmp_path):

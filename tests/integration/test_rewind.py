@@ -225,3 +225,13 @@ def test_the_best_checkpoint_stays_with_its_validation_loss(write_run, tmp_path)
     losses = {event["step"]: event["loss"] for event in events(tmp_path / "best", "evaluation")}
     lowest = min(losses, key=losses.get)
     assert steps(tmp_path / "best") == sorted({lowest, 8}) and lowest < 8
+
+
+def test_a_person_who_stops_a_run_counts_more_than_a_preemption_in_the_same_step():
+    from dsgpt.errors import Preempted, Stopped
+    from dsgpt.train import loop
+    from dsgpt.train.step import Wishes
+
+    run = mock.MagicMock()
+    assert isinstance(loop._ended(run, Wishes(preempt=True, stop=True, save=False)), Stopped)
+    assert isinstance(loop._ended(run, Wishes(preempt=True, stop=False, save=False)), Preempted)
