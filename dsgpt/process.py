@@ -85,10 +85,15 @@ def write_once(path: Path, text: str) -> bool:
         try:
             os.link(tmp, path)
         except FileExistsError:
-            return False
+            return tmp.stat().st_nlink == 2  # it was this call: a network file system repeats what it got no answer to
         except OSError:  # a file system without hard links: there, for a moment, it may be seen half written
             with path.open("x", encoding="utf-8") as file:
-                file.write(text)
+                try:
+                    file.write(text)
+                    file.flush()
+                except OSError:
+                    path.unlink()
+                    raise
         return True
     except FileExistsError:
         return False
