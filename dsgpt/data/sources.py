@@ -1,140 +1,281 @@
-"""Finds text files and reads documents out of them; what cannot be read is handed over with its place and reason.
+"""Finds texts and reads documents out of them; what cannot be read is handed over with its place and reason.
 
-    for path in find_sources(["corpus/", "more/*.jsonl"]): ...
-    for record in read_documents(Piece(path, 0, size), text_field="text", documents="file"): ...
+    for path in find_sources(["corpus/", "more/*.jsonl.gz", "hf:roneneldan/TinyStories"]): ...
+    for item in read_documents(Piece(path, 0, size), Reading(text="text", documents="file")): ...
+    for row in read_records(Piece(path, 0, size)): ...          (line, all fields) | BadLine
 
-A `Piece` is a byte range of a file, so that one large file feeds many workers: a line belongs to the piece in which
-its first byte lies. Only files in which every line is a document of its own are cut (.jsonl, and .txt with
-documents="line").
+Read are .txt, .jsonl, .json, .csv and .tsv, each also as .gz, .zst, .bz2 and .xz; .parquet and .arrow; folders written
+by `datasets.save_to_disk`; data sets of the Hugging Face Hub, streamed; and standard input. The formats themselves are
+in texts.py and columns.py.
 
-Trade-off: text is kept exactly as it is (line ends, NULs, odd spaces); only a byte-order mark at the start of a file
-and the line end that closes a document are taken off. Lines are read with a bound, so that one endless line in a
-.jsonl file cannot exhaust memory.
+A `Piece` is a byte range of a file, so that one large file feeds many workers: a line, row group or record batch
+belongs to the piece in which its first byte lies. What cannot be cut (`can_be_cut`) is one piece.
+
+Trade-off: names alone say what a file is, never its content. A file that is damaged ends the reading with a DataError
+that names it; a record that is bad costs that record.
 """
 
 from __future__ import annotations
 
 import glob
-import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO
 
+from dsgpt.data.columns import HUB, open_hub, read_arrow, read_hub, read_parquet, saved_files
+from dsgpt.data.formats import (
+    BOM,
+    COMPRESSIBLE,
+    COMPRESSIONS,
+    DOCUMENTS,
+    BadLine,
+    Document,
+    Documents,
+    Item,
+    LargeDocument,
+    Piece,
+    Reading,
+    Row,
+    document_of,
+    kind_of,
+    naming,
+    open_bytes,
+    read_lines,
+)
+from dsgpt.data.texts import read_json, read_jsonl, read_table, read_text
 from dsgpt.errors import DataError, Problem
 
-Documents = Literal["file", "blank-line", "line"]
-DOCUMENTS: tuple[Documents, ...] = ("file", "blank-line", "line")
-SUFFIXES = (".txt", ".jsonl")
-MAX_LINE_BYTES = 64 << 20
-_BOM = b"\xef\xbb\xbf"
+__all__ = [
+    "DOCUMENTS",
+    "HUB",
+    "BadLine",
+    "Document",
+    "Documents",
+    "LargeDocument",
+    "Piece",
+    "Reading",
+    "can_be_cut",
+    "extent_of",
+    "find_sources",
+    "first_line_of",
+    "is_lines",
+    "read_documents",
+    "read_lines",
+    "read_records",
+]
+
+STDIN = "-"
+_KNOWN = f".{', .'.join(COMPRESSIBLE)} (also .{', .'.join(COMPRESSIONS)}), .parquet and .arrow"
 # A folder with one of these holds something that was made from text, not text.
 _NOT_TEXT = ("dataset.json", "tokenizer_config.json", "tokenizer.json")
+_MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
+_STARTS = {rb"\s*\{": "jsonl", rb"\s*\[\s*\{": "json", rb"PAR1": "parquet", rb"ARROW1": "arrow"}
+# Fields that are named are checked to be there, and alone are read where a format can be read by columns.
+_READERS: dict[str, Callable[[Piece, tuple[str, ...]], Iterator[Row]]] = {
+    "jsonl": read_jsonl,
+    "json": read_json,
+    "csv": partial(read_table, delimiter=","),
+    "tsv": partial(read_table, delimiter="\t"),
+    "parquet": read_parquet,
+    "arrow": read_arrow,
+}
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Bytes [start, stop) of a file."""
+def find_sources(
+    inputs: Iterable[str | Path], exclude: str | Path | None = None, spool: str | Path | None = None
+) -> list[Path]:
+    """All files that can be read behind files, folders (searched to the bottom) and globs, sorted, each once.
 
-    path: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Document:
-    """Text, also as UTF-8; `line` (from 1) is where it starts, counted from the start of the piece."""
-
-    line: int
-    text: str
-    utf8: bytes
-
-
-@dataclass(frozen=True)
-class BadLine:
-    """A record that cannot be read; `line` as in Document."""
-
-    line: int
-    reason: str
-    excerpt: str
-
-
-def find_sources(inputs: Iterable[str | Path], exclude: str | Path | None = None) -> list[Path]:
-    """All .txt and .jsonl files behind files, folders (searched to the bottom) and globs, sorted, each once.
-
-    `exclude` is a folder to leave out (the output, where it lies inside an input). Hidden files and folders, datasets
-    and tokenizers are passed over. Raises DataError, with one problem for each input that yields nothing.
+    `exclude` is a folder to leave out (the output, where it lies inside an input). Hidden files and folders, prepared
+    datasets and tokenizers are passed over. Names of the Hub ("hf:NAME") come back as they are. "-" is standard input:
+    it can be read only once, so it is written to the folder `spool` first, and refused without one. Raises DataError,
+    with one problem for each input that yields nothing and each file that is empty, dangling or incomplete.
     """
     excluded = Path(exclude).resolve() if exclude is not None else None
-    found: dict[Path, Path] = {}
-    problems = []
+    found: dict[Path, tuple[str, int, Path]] = {}
+    problems: list[Problem] = []
     for item in map(str, inputs):
-        matches = [Path(item)] if os.path.lexists(item) else [Path(m) for m in glob.glob(item, recursive=True)]
-        files: list[Path] = []
-        for match in matches:
-            if match.is_dir():
-                files += _walk(match)
-            elif match.is_file() and match.suffix in SUFFIXES:
-                files.append(match)
-        if excluded is not None:
-            files = [file for file in files if excluded not in file.resolve().parents]
-        if not files:
-            problems.append(_nothing_found(item, matches))
+        files: list[tuple[str, int, Path]] = []
+        try:
+            if item.startswith(HUB):
+                files = [(item, 0, Path(item))]
+            elif item == STDIN:
+                files = [_spooled(spool)]
+            else:
+                files = _behind(item, excluded, problems)
+        except DataError as error:
+            problems += error.problems
         for file in files:
-            found.setdefault(file.resolve(), file)
+            real = file[2].resolve()
+            found[real] = min(found.get(real, file), file)
     if problems:
         raise DataError(problems=problems)
     if not found:
-        raise DataError("no input given", do="name at least one .txt or .jsonl file, folder or glob")
-    return sorted(found.values(), key=str)
+        raise DataError("no input given", do=f"name files, folders or globs: {_KNOWN}")
+    return [path for _, _, path in sorted(found.values())]
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for here, folders, names in os.walk(folder, followlinks=True):
+def _behind(item: str, excluded: Path | None, problems: list[Problem]) -> list[tuple[str, int, Path]]:
+    """(what sorts it, its place in a saved data set, path) of the files behind a file, folder or glob."""
+    matches = [Path(item)] if os.path.lexists(item) else [Path(m) for m in glob.glob(item, recursive=True)]
+    files: list[tuple[str, int, Path]] = []
+    known = len(problems)
+    for match in matches:
+        if match.is_dir():
+            files += _walk(match, problems)
+        elif kind_of(match) is not None and not (match.is_symlink() and not match.exists()):
+            files.append((str(match), 0, match))
+            if match.is_file() and match.stat().st_size == 0 and len(matches) == 1:
+                problems.append(Problem("an input is empty", seen=item, do="name a file that holds text"))
+    if excluded is not None:
+        files = [file for file in files if excluded not in file[2].resolve().parents]
+    if not files and len(problems) == known:
+        problems.append(_nothing_found(item, matches))
+    return files
+
+
+def _walk(folder: Path, problems: list[Problem]) -> Iterator[tuple[str, int, Path]]:
+    entered: set[Path] = set()  # a link can lead back up
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=partial(_unreadable, problems)):
+        if (real := Path(here).resolve()) in entered:
+            folders[:] = []
+            continue
+        entered.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         if any(marker in names for marker in _NOT_TEXT):
             folders[:] = []
             continue
+        try:
+            saved = saved_files(Path(here))
+        except DataError as error:
+            problems += error.problems
+            saved = []
+        if saved is not None:
+            folders[:] = []
+            yield from ((here, place, path) for place, path in enumerate(saved))
+            continue
         for name in sorted(names):
             path = Path(here, name)
-            if path.suffix in SUFFIXES and not name.startswith(".") and path.is_file():
-                yield path
+            if name.startswith(".") or (kind := kind_of(path)) is None:
+                continue
+            if not path.exists():
+                problems.append(_dangling(str(path)))
+            elif path.is_file():
+                # Plain text may be empty; a packed or binary file without bytes was lost on its way.
+                if path.stat().st_size == 0 and (kind[1] or kind[0] in ("parquet", "arrow")):
+                    problems.append(Problem("an input is empty", seen=str(path), do="get it anew, or delete it"))
+                yield str(path), 0, path
+
+
+def _unreadable(problems: list[Problem], error: OSError) -> None:
+    problems.append(
+        Problem("a folder cannot be read", seen=f"{error.filename}: {error.strerror}", do="check its permissions")
+    )
+
+
+def _dangling(path: str) -> Problem:
+    return Problem("an input is a dangling link", seen=f"{path} -> {os.readlink(path)}", do="repair the link")
 
 
 def _nothing_found(item: str, matches: list[Path]) -> Problem:
-    known = " and ".join(SUFFIXES)
     if not matches:
         return Problem("an input does not exist", seen=item, do="check the path; a glob has to match at least one file")
     if len(matches) == 1 and matches[0].is_symlink() and not matches[0].exists():
-        return Problem("an input is a dangling link", seen=f"{item} -> {os.readlink(item)}", do="repair the link")
+        return _dangling(item)
     if len(matches) == 1 and matches[0].is_file():
-        return Problem("an input is of a kind that is not read", seen=item, do=f"convert it: {known} are read")
-    return Problem("an input holds no text files", seen=item, do=f"put {known} files there, or name another folder")
+        return Problem("an input is of a kind that is not read", seen=item, do=f"convert it; read are {_KNOWN}")
+    return Problem("an input holds no text files", seen=item, do=f"name another folder; read are {_KNOWN}")
+
+
+def _spooled(spool: str | Path | None) -> tuple[str, int, Path]:
+    if spool is None:
+        raise DataError("standard input cannot be read here", seen=STDIN, do="write it to a file and name that")
+    path = keep_stdin(Path(spool), sys.stdin.buffer)
+    if path.stat().st_size == 0:
+        raise DataError("standard input is empty", seen=STDIN, do="pipe text or records into the command")
+    return STDIN, 0, path
+
+
+def keep_stdin(folder: Path, stream: BinaryIO) -> Path:
+    """Write a stream to a file whose name says what it seems to hold: .jsonl if it starts with a brace, .json if with a
+    list of objects, else .txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial_file = folder / "stdin.tmp"
+    with open(partial_file, "wb") as file:
+        while chunk := stream.read(1 << 20):
+            file.write(chunk)
+    with open(partial_file, "rb") as file:
+        head = file.read(4096)
+    packed = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
+    if packed:
+        unpacked = partial_file.rename(folder / f"stdin.txt.{packed}")
+        with naming(STDIN), open_bytes(unpacked) as content:
+            head = content.read(4096)
+        partial_file = unpacked
+    kind = next((kind for start, kind in _STARTS.items() if re.match(start, head.removeprefix(BOM))), "txt")
+    return partial_file.rename(folder / ".".join(["stdin", kind, *([packed] if packed else [])]))
+
+
+def is_lines(path: str | Path) -> bool:
+    """Whether the file can be entered at any byte and read from the next line on."""
+    return not str(path).startswith(HUB) and kind_of(path) in (("txt", ""), ("jsonl", ""))
 
 
 def can_be_cut(path: str | Path, documents: Documents) -> bool:
-    """Whether every line of the file is a document of its own."""
-    return Path(path).suffix == ".jsonl" or documents == "line"
+    """Whether pieces of the file give the same documents as the whole."""
+    kind = None if str(path).startswith(HUB) else kind_of(path)
+    return kind in (("jsonl", ""), ("parquet", ""), ("arrow", "")) or (kind == ("txt", "") and documents == "line")
 
 
-def read_documents(piece: Piece, text_field: str, documents: Documents) -> Iterator[Document | BadLine]:
+def read_documents(piece: Piece, reading: Reading) -> Iterator[Item]:
     """The documents of a piece in file order, bad records among them. Blank lines between records are not records.
 
-    A document without text comes as a Document with empty text; the caller decides. Raises OSError as `open` does.
+    A document without text comes as a Document with empty text; the caller decides. Raises OSError as `open` does, and
+    DataError with the path where the file is cut off, damaged or lacks the columns asked for.
     """
-    if piece.path.endswith(".jsonl"):
-        return _read_jsonl(piece, text_field)
-    if documents == "line":
-        return _read_lines(piece)
-    if documents == "blank-line":
-        return _read_paragraphs(piece)
-    return _read_file(piece)
+    if not piece.path.startswith(HUB) and _known_kind(piece.path) == "txt":
+        with naming(piece.path):
+            yield from read_text(piece, reading)
+        return
+    for row in _rows(piece, reading.fields):
+        yield document_of(row, reading)
+
+
+def read_records(piece: Piece) -> Iterator[tuple[int, dict[str, Any]] | BadLine]:
+    """The records of a piece with all their fields and the line (or row) each begins in, bad ones among them.
+
+    Raises as read_documents, and DataError for plain text, which has no records.
+    """
+    if not piece.path.startswith(HUB) and _known_kind(piece.path) == "txt":
+        raise DataError("plain text holds no records", seen=piece.path, do="give one record a line, as .jsonl")
+    for row in _rows(piece, ()):
+        yield row if isinstance(row, BadLine) else (row.line, row.fields)
+
+
+def _rows(piece: Piece, fields: tuple[str, ...]) -> Iterator[Row]:
+    if piece.path.startswith(HUB):
+        yield from read_hub(piece, fields)
+        return
+    with naming(piece.path):
+        yield from _READERS[_known_kind(piece.path)](piece, fields)
+
+
+def _known_kind(path: str) -> str:
+    if (kind := kind_of(path)) is None:
+        raise DataError("an input is of a kind that is not read", seen=path, do=f"convert it; read are {_KNOWN}")
+    return kind[0]
 
 
 def first_line_of(piece: Piece) -> int:
-    """How many lines of the file come before those of the piece. Reads them, so ask only with something to report."""
-    if not piece.start:
+    """What to add to the `line` of the piece's documents to get the line of the file.
+
+    Reads the file up to the piece, so ask only with something to report.
+    """
+    if not piece.start or not is_lines(piece.path):
         return 0
     count, left = 1, piece.start - 1  # of the line that runs over `start`, or ends just there, the end is not counted
     with open(piece.path, "rb") as stream:
@@ -144,114 +285,12 @@ def first_line_of(piece: Piece) -> int:
     return count
 
 
-def read_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
-    """(line number, line with its end); a line that is too long comes cut to MAX_LINE_BYTES + 1 bytes."""
-    with open(piece.path, "rb", buffering=1 << 20) as stream:
-        position, number = 0, 0
-        if piece.start:
-            # The line that runs over `start` belongs to the piece before.
-            position = stream.seek(piece.start - 1)
-            position += _skip_line(stream)
-        while position < piece.stop and (line := stream.readline(MAX_LINE_BYTES + 1)):
-            at_start = position == 0
-            position += len(line)
-            number += 1
-            if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                position += _skip_line(stream)
-            yield number, line.removeprefix(_BOM) if at_start else line
+def extent_of(path: Path) -> tuple[int, int]:
+    """(stop, bytes): where the last piece of a source ends, and its size on disk. Raises OSError, DataError.
 
-
-def _skip_line(stream: BinaryIO) -> int:
-    """Read to the end of the line; the number of bytes passed over."""
-    skipped = 0
-    while rest := stream.readline(1 << 20):
-        skipped += len(rest)
-        if rest.endswith(b"\n"):
-            break
-    return skipped
-
-
-def _read_jsonl(piece: Piece, text_field: str) -> Iterator[Document | BadLine]:
-    for number, line in read_lines(piece):
-        if not line.strip():
-            continue
-        try:
-            text = _text_of_record(line, text_field)
-            yield Document(number, text, text.encode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            yield BadLine(number, _reason(error), _excerpt(line))
-
-
-def _text_of_record(line: bytes, text_field: str) -> str:
-    _check_length(line)
-    record = json.loads(line.decode("utf-8"))
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-    if text_field not in record:
-        raise ValueError(f"no field {text_field!r}; fields: {', '.join(sorted(record)) or 'none'}")
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise ValueError(f"field {text_field!r} is {type(text).__name__}, not a string")
-    return text
-
-
-def _read_lines(piece: Piece) -> Iterator[Document | BadLine]:
-    for number, line in read_lines(piece):
-        body = line.removesuffix(b"\n").removesuffix(b"\r")
-        if body.strip():
-            yield _decoded(number, body)
-
-
-def _read_paragraphs(piece: Piece) -> Iterator[Document | BadLine]:
-    first, paragraph, size = 0, [], 0
-    for number, line in read_lines(piece):
-        if line.strip():
-            first = first or number
-            # One line more than the bound is enough to report the paragraph.
-            if size <= MAX_LINE_BYTES:
-                paragraph.append(line)
-            size += len(line)
-        elif paragraph:
-            yield _decoded(first, b"".join(paragraph).removesuffix(b"\n").removesuffix(b"\r"))
-            first, paragraph, size = 0, [], 0
-    if paragraph:
-        yield _decoded(first, b"".join(paragraph).removesuffix(b"\n").removesuffix(b"\r"))
-
-
-def _read_file(piece: Piece) -> Iterator[Document | BadLine]:
-    with open(piece.path, "rb") as stream:
-        body = stream.read().removeprefix(_BOM)
-    try:
-        yield Document(1, body.decode("utf-8"), body)
-    except UnicodeDecodeError as error:
-        line = body.count(b"\n", 0, error.start) + 1
-        yield BadLine(line, _reason(error), _excerpt(body[max(0, error.start - 40) :]))
-
-
-def _decoded(number: int, body: bytes) -> Document | BadLine:
-    try:
-        _check_length(body)
-        return Document(number, body.decode("utf-8"), body)
-    except ValueError as error:
-        return BadLine(number, _reason(error), _excerpt(body))
-
-
-def _check_length(line: bytes) -> None:
-    if len(line) > MAX_LINE_BYTES:
-        raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MiB")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
-    if isinstance(error, UnicodeEncodeError):
-        return f"half of a surrogate pair at character {error.start}"
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} at column {error.colno}"
-    if isinstance(error, RecursionError):
-        return "not JSON: nested too deeply"
-    return str(error)
-
-
-def _excerpt(line: bytes) -> str:
-    return line[:2000].decode("utf-8", "backslashreplace").rstrip("\r\n")
+    A data set of the Hub has files for places, and no known size.
+    """
+    if str(path).startswith(HUB):
+        return int(open_hub(str(path)).num_shards), 0
+    size = path.stat().st_size
+    return size, size
