@@ -4,8 +4,9 @@
     tokenizer.decode(tokenizer.encode("def f():\n\treturn 1")) == "def f():\n\treturn 1"
 
 Trade-off: tokenizer.json alone decides the ids. What else a folder holds (sentencepiece model, chat template) is copied
-with it but not consulted, except tokenizer_config.json for the names of the BOS and EOS tokens. Text is never read as
-markup: "</s>" inside a document becomes the pieces "<", "/", "s", ">" and not the end-of-document id.
+with it but not consulted, except tokenizer_config.json for the names of the BOS and EOS tokens. A folder or file without
+one (sentencepiece's .model, GPT-2's vocab.json and merges.txt) is converted on loading, and saved as tokenizer.json. Text
+is never read as markup: "</s>" inside a document becomes the pieces "<", "/", "s", ">" and not the end-of-document id.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from dsgpt.errors import DataError
-from dsgpt.tokenizer.sentencepiece_json import cut_at_spaces
+from dsgpt.tokenizer.sentencepiece_json import convert, cut_at_spaces
+from dsgpt.tokenizer.sentencepiece_model import read_model
 
 # All files by which Hugging Face tokenizers are described, and our record of the training.
 _FILES = (
@@ -35,6 +39,8 @@ _FILES = (
     "vocab.txt",
     "tokenizer_training.json",
 )
+# What they are called in transformers, and as GPT-2 was published.
+_GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
 class Tokenizer:
@@ -44,7 +50,13 @@ class Tokenizer:
     bos_id, eos_id   None where the tokenizer has no such token
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, Any], folder: Path | None = None):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special: dict[str, Any],
+        folder: Path | None = None,
+        template: str | None = None,
+    ):
         # Ids of a training run must not depend on settings for inference batches.
         backend.no_truncation()
         backend.no_padding()
@@ -52,31 +64,59 @@ class Tokenizer:
         self._backend = backend
         self._special = {name: content for name, token in special.items() if (content := _content(token)) is not None}
         self._folder = folder
+        self._chat_template = template
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
-        source = (folder / "tokenizer.json").read_text("utf-8") if folder else backend.to_str()
-        self.sha256 = _canonical_sha256(source)
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's object: not to be changed."""
+        return self._backend
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token and others, as text, where there are such."""
+        return dict(self._special)
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja program of the folder (chat_template.jinja, or in tokenizer_config.json), if there is one."""
+        if self._folder is None:
+            return self._chat_template
+        with suppress(FileNotFoundError):
+            return (self._folder / "chat_template.jinja").read_text("utf-8")
+        try:
+            found = json.loads((self._folder / "tokenizer_config.json").read_text("utf-8")).get("chat_template")
+        except FileNotFoundError:
+            return None
+        if isinstance(found, list):  # several by name
+            found = {one["name"]: one["template"] for one in found}.get("default")
+        return found if isinstance(found, str) else None
+
+    @cached_property
+    def sha256(self) -> str:
+        folder = self._folder
+        return _canonical_sha256((folder / "tokenizer.json").read_text("utf-8") if folder else self._backend.to_str())
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """From a folder, or "hf:NAME" for a name on the Hugging Face hub (its cache, then the network).
+        """From a folder, a sentencepiece .model file, or "hf:NAME" on the Hugging Face hub (its cache, then the network).
 
-        A folder without tokenizer.json goes through transformers, or is read as GPT-2's vocab.json + merges.txt.
-        Raises DataError where there is no tokenizer or it cannot be read.
+        Without tokenizer.json, a folder that says what it is (tokenizer_config.json, config.json) goes through
+        transformers; else its sentencepiece model is converted, or GPT-2's vocab.json and merges.txt. Raises DataError
+        where there is no tokenizer or it cannot be read.
         """
         folder = Path(path)
         if str(path).startswith("hf:"):
             return cls._from_transformers(str(path)[3:])
         if (folder / "tokenizer.json").is_file():
-            try:
+            with _readable(folder / "tokenizer.json"):
                 backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
                 cut_at_spaces(backend)
                 return cls(backend, _special_of(folder), folder)
-            except DataError:
-                raise
-            except Exception as error:  # the library raises plain Exception for a file it cannot parse
-                raise _unreadable(folder / "tokenizer.json", error) from error
+        if folder.is_file() and folder.suffix == ".model":
+            return cls._from_sentencepiece(folder)
         if not folder.is_dir():
             raise DataError(
                 "there is no such tokenizer folder",
@@ -84,27 +124,36 @@ class Tokenizer:
                 do="train one with: dsgpt tokenizer train INPUT... --vocab-size N --output DIR; "
                 "a name on the Hugging Face hub is written hf:NAME",
             )
-        described = any((folder / name).exists() for name in ("tokenizer_config.json", "config.json"))
-        if not described and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            try:
-                backend = _from_gpt2_files(folder)
-            except Exception as error:  # the library raises plain Exception for a file it cannot parse
-                raise _unreadable(folder / "vocab.json", error) from error
-            return cls(backend, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
+        if not any((folder / name).exists() for name in ("tokenizer_config.json", "config.json")):
+            for vocabulary, merges in _GPT2_FILES:
+                if (folder / vocabulary).is_file() and (folder / merges).is_file():
+                    with _readable(folder / vocabulary):
+                        backend, end = _from_gpt2_files(folder / vocabulary, folder / merges)
+                    return cls(backend, {"bos_token": end, "eos_token": end})
+            if len(found := sorted(folder.glob("*.model"))) == 1:
+                return cls._from_sentencepiece(found[0])
         return cls._from_transformers(str(folder))
+
+    @classmethod
+    def _from_sentencepiece(cls, path: Path) -> Tokenizer:
+        with _readable(path):
+            model = read_model(path.read_bytes())
+            backend = convert(model)
+        names = {"bos_token": model.bos_id, "eos_token": model.eos_id}
+        return cls(backend, {name: model.pieces[i] for name, i in names.items() if i is not None})
 
     @classmethod
     def _from_transformers(cls, name: str) -> Tokenizer:
         from transformers import AutoTokenizer
 
-        try:
+        with _readable(name):  # from OSError to AttributeError, whatever the tokenizer's own code does
             found = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
             backend = found.backend_tokenizer
-        except Exception as error:  # from OSError to AttributeError, whatever the tokenizer's own code does
-            raise _unreadable(name, error) from error
         # A copy, so that our settings do not leak into an object that transformers may share.
         backend = tokenizers.Tokenizer.from_str(backend.to_str())
-        return cls(backend, {"bos_token": found.bos_token, "eos_token": found.eos_token})
+        template = found.chat_template if isinstance(found.chat_template, str) else None
+        special = {name: token for name, token in found.special_tokens_map.items() if isinstance(token, str)}
+        return cls(backend, special, template=template)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: nothing is added, and nothing in the text counts as a special token."""
@@ -129,19 +178,30 @@ class Tokenizer:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def save(self, folder: str | Path) -> None:
-        """Copy the tokenizer into `folder`, so that it and transformers' AutoTokenizer load it with equal ids."""
+        """Copy the tokenizer into `folder`, so that it and transformers' AutoTokenizer load it with equal ids.
+
+        Of a copied tokenizer_config.json the class is replaced: most classes of transformers set tokenizer.json aside
+        and build a tokenizer of their own from its vocabulary, with other ids.
+        """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         if self._folder is None:
             (target / "tokenizer.json").write_text(self._backend.to_str(), "utf-8")
+            if self._chat_template is not None:
+                (target / "chat_template.jinja").write_text(self._chat_template, "utf-8")
         else:
             for name in _FILES:
                 if (self._folder / name).is_file() and self._folder.resolve() != target.resolve():
                     shutil.copyfile(self._folder / name, target / name)
-        if not (target / "tokenizer_config.json").exists():
-            # Without a class name AutoTokenizer would look for a model's config.json.
-            config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special}
-            (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        self._describe(target / "tokenizer_config.json")
+
+    def _describe(self, path: Path) -> None:
+        found = self._special if self._folder is None or not path.exists() else json.loads(path.read_text("utf-8"))
+        # Without a class name AutoTokenizer would look for a model's config.json.
+        fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config = {key: value for key, value in found.items() if key != "auto_map"} | fixed
+        if config != found:
+            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
     def _id_of(self, name: str) -> int | None:
         content = self._special.get(name)
@@ -184,20 +244,34 @@ def _canonical_sha256(tokenizer_json: str) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _from_gpt2_files(folder: Path) -> tokenizers.Tokenizer:
+def _from_gpt2_files(vocabulary: Path, merges: Path) -> tuple[tokenizers.Tokenizer, str | None]:
+    """The tokenizer, and the token that stands between documents, if its vocabulary has one."""
     from tokenizers import decoders, models, pre_tokenizers
 
-    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    backend = tokenizers.Tokenizer(model)
+    backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|endoftext|>"])
-    return backend
+    end = next((token for token in ("<|endoftext|>", "</s>") if backend.token_to_id(token) is not None), None)
+    if end is not None:
+        backend.add_special_tokens([end])
+    return backend, end
+
+
+@contextmanager
+def _readable(what: str | Path) -> Iterator[None]:
+    """Whatever a library raises for a file that it cannot parse, plain Exception among it, becomes a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise _unreadable(what, error) from error
 
 
 def _unreadable(what: str | Path, error: Exception) -> DataError:
     return DataError(
         "a tokenizer cannot be read",
         seen=f"{what}: {error}",
-        do="give a folder with tokenizer.json, or hf:NAME with the name of a tokenizer on the Hugging Face hub",
+        do="give a folder with tokenizer.json, or hf:NAME with the name of a tokenizer on the Hugging Face hub; for a "
+        "sentencepiece model in a folder with a tokenizer_config.json, install protobuf",
     )

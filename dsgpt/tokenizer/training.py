@@ -29,6 +29,7 @@ import tokenizers
 
 from dsgpt.errors import ConfigError, DataError, DsgptError
 from dsgpt.tokenizer.sentencepiece_json import convert
+from dsgpt.tokenizer.sentencepiece_model import read_model
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
 Kind = Literal["sentencepiece-bpe", "sentencepiece-unigram", "hf-bpe"]
@@ -111,7 +112,7 @@ def _train_sentencepiece(
     except (RuntimeError, OSError) as error:
         raise _too_large(vocab_size, texts, str(error)) from error
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    backend = convert(processor, unigram)
+    backend = convert(read_model(model.getvalue()))
     backend.encode_special_tokens = True
     checked = _checked(texts)
     equal = sum(processor.encode(text) == backend.encode(text, add_special_tokens=False).ids for text in checked)

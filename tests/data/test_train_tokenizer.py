@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -52,6 +53,20 @@ def test_a_large_corpus_is_sampled_to_the_bound_from_everywhere(corpus: list[str
 def test_the_seed_alone_decides_the_sample(corpus: list[str]) -> None:
     first, again, other = (draw_sample(corpus, 500_000, seed=seed, text_field="text")[1] for seed in (1, 1, 2))
     assert first["sha256"] == again["sha256"] != other["sha256"]
+
+
+def test_files_that_are_read_from_the_front_are_sampled_from_everywhere_too(corpus: list[str]) -> None:
+    packed = [f"{path}.gz" for path in corpus]
+    for path, target in zip(corpus, packed, strict=True):
+        Path(target).write_bytes(gzip.compress(Path(path).read_bytes(), 1, mtime=0))
+    size = sum(Path(path).stat().st_size for path in packed)
+    texts, record = draw_sample(packed, 3 * size // 4, seed=1, text_field="text")
+    assert record["texts"] > 1 and record["bytes"] <= size
+    lines = [line for text in texts for line in text.split("\n")]
+    numbers = [int(line.split()[2]) for line in lines if line.startswith("a.txt") and line.endswith("of a text")]
+    assert len(set(numbers)) == len(numbers) and min(numbers) < 50_000 < max(numbers)
+    assert any(line.startswith("b.jsonl") for line in lines)
+    assert record == draw_sample(packed, 3 * size // 4, seed=1, text_field="text")[1]
 
 
 def test_bad_lines_are_counted_and_no_text_at_all_is_an_error(tmp_path: Path) -> None:
