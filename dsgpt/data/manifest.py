@@ -10,15 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from dsgpt.errors import DataError
 
 FILE_NAME = "dataset.json"
 FORMAT_VERSION = 1
+EMPTY_HASH = hashlib.sha256().hexdigest()
 
 
 class _Frozen(BaseModel):
@@ -54,6 +57,9 @@ class Shard(_Frozen):
     text_bytes: int
     sha256_bin: str
     sha256_idx: str
+    # Of chat data only: PREFIX.mask holds one byte per token, 1 where the token is learned from.
+    sha256_mask: str | None = None
+    trained_tokens: int | None = None
 
 
 class Split(_Frozen):
@@ -75,9 +81,18 @@ class Split(_Frozen):
 
 
 class SourceFile(_Frozen):
+    """An input. `sha256` is that of the file; of a data set of the Hub, of the texts (`joined_hash` of its parts')."""
+
     path: str
     bytes: int
     sha256: str
+
+
+class EngineRecord(_Frozen):
+    """What encoded the text: "gigatoken 0.10.0" or "tokenizers 0.22.1", and why it was not the fast one ("" where it was)."""
+
+    name: str
+    fallback: str = ""
 
 
 class BadLines(_Frozen):
@@ -88,7 +103,11 @@ class BadLines(_Frozen):
 
 
 class DatasetManifest(_Frozen):
-    """All of dataset.json. `settings` are the choices that shaped the documents; `empty_documents` had no text."""
+    """All of dataset.json. `settings` are the choices that shaped the documents; `empty_documents` had no text.
+
+    What has a default was added later: files without it are read. `left_out` counts documents by the filter that refused
+    them, `duplicates` exact repetitions, `special_in_text` texts of special tokens that were encoded as plain text.
+    """
 
     format_version: int
     tokenizer: TokenizerRecord
@@ -99,12 +118,26 @@ class DatasetManifest(_Frozen):
     bad_lines: BadLines
     empty_documents: int
     fingerprint: str
+    kind: Literal["text", "chat"] = "text"
+    left_out: dict[str, int] = Field(default_factory=dict)
+    duplicates: int = 0
+    special_in_text: int = 0
+    engine: EngineRecord | None = None
+
+
+def joined_hash(digests: Sequence[str]) -> str:
+    """One hash for several; of one, that hash itself."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def fingerprint_of(tokenizer_sha256: str, splits: dict[str, Split]) -> str:
     """Identifies the token streams: equal fingerprints mean the same ids in the same order, wherever they lie."""
-    shards = {name: [[s.sha256_bin, s.sha256_idx] for s in split.shards] for name, split in sorted(splits.items())}
+    shards = {name: [_hashes(shard) for shard in split.shards] for name, split in sorted(splits.items())}
     return hashlib.sha256(json.dumps([tokenizer_sha256, shards]).encode()).hexdigest()
+
+
+def _hashes(shard: Shard) -> list[str]:
+    return [digest for digest in (shard.sha256_bin, shard.sha256_idx, shard.sha256_mask) if digest is not None]
 
 
 def load_manifest(folder: str | Path) -> DatasetManifest:
@@ -142,9 +175,13 @@ def save_manifest(folder: str | Path, manifest: DatasetManifest) -> None:
 
 def write_durably(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step that survives a crash: temporary name, fsync, rename, fsync of folder."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
+    write_bytes_durably(path, text.encode("utf-8"))
+
+
+def write_bytes_durably(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as stream:
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)

@@ -1,6 +1,8 @@
-"""Tokenises text files into a dataset folder, in parallel, restartable at any instant.
+"""Tokenises text into a dataset folder, in parallel over processes and machines, restartable at any instant.
 
     dsgpt data prepare corpus/ --tokenizer tokenizers/bpe32k --output data/corpus --workers 16 --validation 0.5%
+    dsgpt data prepare ... --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT       one of many tasks, on any machine
+    dsgpt data finish data/corpus                                                     what the last task does by itself
 
     output/
       dataset.json                       written last: where it exists, all is there
@@ -10,53 +12,36 @@
       .prepare/                          the plan and one record for each finished part; gone at the end
 
 The sorted list of sources alone decides the parts, and content alone decides what is set aside for validation. So the
-output is the same, byte for byte, for any number of workers and any number of restarts; a part whose record exists is
-not done again. Trade-off: each source is read twice, first to hash it. The hash costs a few percent of tokenising, and
-it makes "the same input" a fact and not a guess from names and times.
+output is the same, byte for byte, for any number of workers and tasks and any number of restarts; a part whose record
+exists is not done again. Tasks need nothing of each other but the folder: whoever finds all records there writes
+dataset.json. Trade-off: a part belongs to one task, and there are about a thousand, so more tasks than that are idle.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dsgpt.data import manifest as manifests
-from dsgpt.data.indexed import dtype_for, hash_file
-from dsgpt.data.manifest import BadLines, DatasetManifest, SourceFile, Split, TokenizerRecord
-from dsgpt.data.parts import (
-    STATE,
-    TOKENIZER,
-    Part,
-    PartRecord,
-    Settings,
-    bad_lines_path,
-    plan_parts,
-    record_path,
-    run_part,
-)
-from dsgpt.data.sources import DOCUMENTS, Documents, find_sources
+from dsgpt.data.choices import Choices, Progress, Unfinished
+from dsgpt.data.duplicates import duplicates_path, find_duplicates, hashes_path
+from dsgpt.data.finish import missing_parts, write_dataset
+from dsgpt.data.forecast import Forecast, forecast
+from dsgpt.data.indexed import hash_file
+from dsgpt.data.manifest import DatasetManifest, EngineRecord
+from dsgpt.data.parts import STATE, TOKENIZER, Part, PartRecord, Settings, Source, load_record
+from dsgpt.data.plan import Plan, adopt_plan, current_engine, describe, description, fall_back, refuse_other
+from dsgpt.data.sources import HUB, extent_of, find_sources
+from dsgpt.data.tokenize_part import Job, Mismatch, engine_for, hash_part, load_encoder, tokenize_part
 from dsgpt.data.workers import Counts, Pool
-from dsgpt.errors import ConfigError, DataError, DsgptError, LockedError
+from dsgpt.errors import DataError, DsgptError, LockedError
+from dsgpt.tokenizer.encoder import Encoder
 from dsgpt.tokenizer.tokenizer import Tokenizer
-
-BAD_LINES = "bad_lines.jsonl"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a preparation is. `done` includes what an earlier start finished, `resumed_bytes` of it."""
-
-    phase: Literal["hash", "tokenize"]
-    total_bytes: int
-    done: Counts
-    resumed_bytes: int = 0
 
 
 def prepare(
@@ -65,55 +50,83 @@ def prepare(
     output: str | Path,
     workers: int = 1,
     validation: float = 0.0,
-    text_field: str = "text",
-    documents: Documents = "file",
-    max_bad_fraction: float = 0.001,
     progress: Callable[[Progress], None] | None = None,
+    **choices: object,
 ) -> DatasetManifest:
-    """Make the dataset `output` from `inputs` (files, folders, globs of .txt and .jsonl) and return its manifest.
-
-    workers           processes that read and tokenise; 1 works in this process
-    validation        share of the documents, in [0, 1), set aside as the split "validation" by the hash of their text
-    text_field        the field of a .jsonl record that holds the text
-    documents         what is a document in a .txt file: the file, what blank lines separate, or each line
-    max_bad_fraction  highest share of records that may be unreadable
+    """Make the dataset `output` from `inputs` and return its manifest. `choices` as in Choices, for all parts.
 
     A folder that already holds the finished dataset of the same content, tokenizer and settings is returned as it is.
     Raises DataError (sources, too many bad records, a folder that holds something else), ConfigError (arguments),
     LockedError (no write access, or another process is at work there), DsgptError (disk full, a worker killed).
     """
-    _check_arguments(workers, validation, documents, max_bad_fraction)
-    report = progress or (lambda _: None)
-    paths = find_sources(inputs, exclude=output)
-    loaded = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
+    chosen = Choices(workers=workers, validation=validation, **choices)  # type: ignore[arg-type]
+    done = prepare_share(inputs, tokenizer, output, chosen, progress or (lambda _: None))
+    assert isinstance(done, DatasetManifest), "all parts were asked for"
+    return done
+
+
+def prepare_share(
+    inputs: Sequence[str | Path],
+    tokenizer: str | Path | Tokenizer,
+    output: str | Path,
+    choices: Choices,
+    report: Callable[[Progress], None],
+    announce: Callable[[Forecast], None] | None = None,
+) -> DatasetManifest | Unfinished:
+    """Do `choices.share` of the parts, and finish the dataset where that was the last of them. Raises as `prepare`.
+
+    `announce` gets a forecast before the work starts.
+    """
     folder = Path(output)
-    settings = Settings(text_field, documents, validation)
-    with _locked(folder), Pool(workers) as pool:
-        sources = _hash_sources(paths, workers, report)
-        plan = _plan(sources, loaded, settings)
+    with locked(folder, alone=choices.share.is_all), Pool(choices.workers) as pool:
+        engine = pool.ask(engine_for, tokenizer if isinstance(tokenizer, Tokenizer) else str(tokenizer), choices.engine)
+        loaded = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
+        paths = find_sources(inputs, exclude=output, spool=folder / STATE if choices.share.is_all else None)
+        plan = Plan(
+            format_version=manifests.FORMAT_VERSION,
+            sources=plan_sources(paths),
+            tokenizer=(loaded.sha256, loaded.bos_id, loaded.eos_id),
+            vocab_size=loaded.vocab_size,
+            settings=choices.settings.recorded(),
+            engine=engine.result(),
+            max_bad_fraction=choices.max_bad_fraction,
+            command=list(choices.command),
+        )
         if (folder / manifests.FILE_NAME).exists():
-            return _already_there(folder, plan)
-        _adopt_plan(folder, plan, loaded)
-        parts = plan_parts([(source.path, source.bytes) for source in sources], documents)
-        records = _run_parts(folder, parts, settings, dtype_for(loaded.vocab_size).name, pool, report)
-        _check_records(folder, records, max_bad_fraction)
-        return _finish(folder, loaded, sources, settings, records)
+            return already_there(folder, plan, report)
+        plan = adopt_plan(folder, plan, loaded)
+        if announce is not None:
+            encoder = load_encoder(str(folder / TOKENIZER), current_engine(folder, plan).name)
+            announce(forecast(plan, encoder, folder, choices.workers * choices.share.count))
+        try:
+            return _work(folder, plan, choices, pool, report)
+        except FileNotFoundError as error:
+            # Another task, which had been given the same parts, has finished the dataset meanwhile.
+            with suppress(DataError):
+                return manifests.load_manifest(folder)
+            do = "put it back, and run the same command again"
+            raise DataError("a file went away while it was needed", seen=str(error), do=do) from error
 
 
-def _check_arguments(workers: int, validation: float, documents: str, max_bad_fraction: float) -> None:
-    if workers < 1:
-        raise ConfigError("workers must be at least 1", seen=str(workers), do="give the number of processes")
-    if not 0 <= validation < 1:
-        raise ConfigError("validation is a share in [0, 1)", seen=str(validation), do="e.g. 0.005 for half a percent")
-    if documents not in DOCUMENTS:
-        raise ConfigError("documents is not known", seen=repr(documents), do=f"one of {', '.join(DOCUMENTS)}")
-    if not 0 <= max_bad_fraction <= 1:
-        raise ConfigError("max_bad_fraction is a share in [0, 1]", seen=str(max_bad_fraction), do="e.g. 0.001")
+def plan_sources(paths: Sequence[Path]) -> list[Source]:
+    """The sources as they are now. Raises DataError where one cannot be read or all are empty."""
+    sources = []
+    try:
+        for path in paths:
+            stop, size = extent_of(path)
+            is_hub = str(path).startswith(HUB)
+            name = str(path) if is_hub else os.path.abspath(path)
+            sources.append(Source(name, size, stop, 0 if is_hub else path.stat().st_mtime_ns))
+    except OSError as error:
+        raise DataError("an input cannot be read", seen=str(error), do="check its permissions") from error
+    if not any(source.stop for source in sources):
+        raise DataError("all inputs are empty", seen=", ".join(map(str, paths[:5])), do="name files that hold text")
+    return sources
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold output/.prepare/lock; the kernel lets go of it when this process ends, however it ends."""
+def locked(folder: Path, alone: bool) -> Iterator[None]:
+    """Hold output/.prepare/lock, together with other tasks or alone; the kernel lets go of it when this process ends."""
     state = folder / STATE
     try:
         ours = state.exists() or (folder / manifests.FILE_NAME).exists()
@@ -129,165 +142,143 @@ def _locked(folder: Path) -> Iterator[None]:
         ) from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             raise LockedError(
                 "another process is preparing into this folder", seen=str(folder), do="wait for it, or stop it first"
             ) from error
+        except OSError:
+            pass  # a file system without locks: nothing gets wrong, work may be done twice
+        if alone and not (folder / manifests.FILE_NAME).exists():
+            for leftover in [*state.glob("*.tmp*"), *state.glob(".tmp-*")]:
+                leftover.unlink()
         try:
             yield
         finally:
             if (folder / manifests.FILE_NAME).exists():
-                shutil.rmtree(state)
+                shutil.rmtree(state, ignore_errors=True)
 
 
-def _hash_sources(paths: Sequence[Path], workers: int, report: Callable[[Progress], None]) -> list[SourceFile]:
-    sizes = [path.stat().st_size for path in paths]
-    total, done = sum(sizes), 0
-    if total == 0:
-        raise DataError("all inputs are empty", seen=", ".join(map(str, paths[:5])), do="name files that hold text")
-    sources = []
-    # Threads, because hashing does not hold the interpreter lock and starting processes takes longer than most hashes.
-    try:
-        with ThreadPoolExecutor(workers) as threads:
-            for path, size, digest in zip(paths, sizes, threads.map(hash_file, paths), strict=True):
-                sources.append(SourceFile(path=str(path), bytes=size, sha256=digest))
-                done += size
-                report(Progress("hash", total, Counts(num_bytes=done)))
-    except OSError as error:
-        raise DataError("an input cannot be read", seen=str(error), do="check its permissions") from error
-    return sources
-
-
-def _plan(sources: list[SourceFile], tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
-    """What decides the output bytes: content and order of the sources, tokenizer, settings."""
-    return {
-        "format_version": manifests.FORMAT_VERSION,
-        "sources": [[source.bytes, source.sha256] for source in sources],
-        "tokenizer": [tokenizer.sha256, tokenizer.bos_id, tokenizer.eos_id],
-        "settings": asdict(settings),
-    }
-
-
-def _already_there(folder: Path, plan: dict[str, Any]) -> DatasetManifest:
+def already_there(folder: Path, plan: Plan, report: Callable[[Progress], None]) -> DatasetManifest:
     found = manifests.load_manifest(folder)
-    existing = {
-        "format_version": found.format_version,
-        "sources": [[source.bytes, source.sha256] for source in found.sources],
-        "tokenizer": [found.tokenizer.sha256, found.tokenizer.bos_id, found.tokenizer.eos_id],
-        "settings": found.settings,
-    }
-    _refuse_other(folder, existing, plan, "a finished dataset")
+    stops = {
+        source.path: source.stop for source in plan.sources
+    }  # of a Hub data set the number of files is not on record
+    seen = [[source.path, source.bytes, stops.get(source.path)] for source in found.sources]
+    tokenizer = [found.tokenizer.sha256, found.tokenizer.bos_id, found.tokenizer.eos_id]
+    existing = description(found.format_version, seen, tokenizer, found.settings)
+    refuse_other(folder, existing, describe(plan), "a finished dataset")
+    # What was not written to since the dataset was finished is what it was made from; all else is read once more.
+    finished = (folder / manifests.FILE_NAME).stat().st_mtime_ns
+    files = [source for source in found.sources if not source.path.startswith(HUB)]
+    suspects = [source for source in files if _written(source.path) >= finished]
+    total, done = sum(source.bytes for source in suspects), 0
+    for source in suspects:
+        if hash_file(source.path) != source.sha256:
+            raise DataError(
+                "the output folder holds a finished dataset made from something else",
+                seen=f"{folder}: different sources: {source.path} has changed",
+                do="choose another --output, or delete the folder to make it anew",
+            )
+        done += source.bytes
+        report(Progress("compare", total, Counts(num_bytes=done)))
     return found
 
 
-def _adopt_plan(folder: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Continue the preparation this folder began, or begin one."""
-    path = folder / STATE / "plan.json"
-    if path.exists():
-        _refuse_other(folder, json.loads(path.read_text("utf-8")), plan, "an unfinished dataset")
-        for leftover in path.parent.glob("*.tmp*"):
-            leftover.unlink()
-    tokenizer.save(folder / TOKENIZER)
-    manifests.write_durably(path, json.dumps(plan))
+def _written(path: str) -> int:
+    status = os.stat(path)
+    return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _refuse_other(folder: Path, existing: dict[str, Any], plan: dict[str, Any], kind: str) -> None:
-    different = [key for key in plan if existing.get(key) != plan[key]]
-    if different:
-        raise DataError(
-            f"the output folder holds {kind} made from something else",
-            seen=f"{folder}: different {', '.join(different)}",
-            do="choose another --output, or delete the folder to make it anew",
-        )
+class Differs(Exception):
+    """An engine turned out to be wrong: the reference, and why."""
 
 
-def _run_parts(
-    folder: Path, parts: list[Part], settings: Settings, dtype: str, pool: Pool, report: Callable[[Progress], None]
-) -> list[PartRecord]:
-    """One record for each part, in the order of the parts."""
-    records: dict[int, PartRecord] = {}
-    for part in parts:
-        if (path := record_path(folder, part.number)).exists():
-            records[part.number] = PartRecord.model_validate_json(path.read_text("utf-8"))
+def _work(
+    folder: Path, plan: Plan, choices: Choices, pool: Pool, report: Callable[[Progress], None]
+) -> DatasetManifest | Unfinished:
+    parts = plan.parts
+    mine = [part for part in parts if choices.share.takes(part)]
+    if choices.deduplicate and not _deduplicate(folder, plan, parts, mine, pool, report):
+        missing = [part.number for part in parts if not hashes_path(folder / STATE, part.number).exists()]
+        return Unfinished(tuple(missing), plan.command_for(missing), hashed=True)
+    while True:
+        engine = current_engine(folder, plan)
+        try:
+            job = Job(folder, Settings.of(plan.settings), plan.dtype, engine.name)
+            run_parts(tokenize_part, job, folder, plan, mine, engine, pool, report)
+            if current_engine(folder, plan) == engine:  # no other task has found it wrong meanwhile
+                break
+        except Differs as difference:
+            reference = Encoder.load(folder / TOKENIZER, "reference").engine
+            fall_back(folder, EngineRecord(name=reference, fallback=f"{engine.name}: {difference}"))
+    if missing := missing_parts(folder, plan):
+        return Unfinished(tuple(missing), plan.command_for(missing))
+    with kept(folder, len(parts)):
+        return write_dataset(folder, plan)
+
+
+def _deduplicate(
+    folder: Path, plan: Plan, parts: list[Part], mine: list[Part], pool: Pool, report: Callable[[Progress], None]
+) -> bool:
+    """Find all repeated documents; False where parts of other tasks are not hashed yet."""
+    state = folder / STATE
+    job = Job(folder, Settings.of(plan.settings), plan.dtype, "")
+    todo = [part for part in mine if not hashes_path(state, part.number).exists()]
+    total = sum(part.num_bytes for part in todo)
+    tasks = [(part, job, plan.times_of(part)) for part in todo]
+    with kept(folder, len(plan.parts)):
+        for _ in pool.run(hash_part, tasks, lambda c: report(Progress("compare", total, c))):
+            pass
+    if not all(hashes_path(state, part.number).exists() for part in parts):
+        return False
+    if not all(duplicates_path(state, part.number).exists() for part in parts):
+        find_duplicates(state, [part.number for part in parts])
+    return True
+
+
+def run_parts(
+    task: Callable[..., PartRecord | Mismatch],
+    job: Any,
+    folder: Path,
+    plan: Plan,
+    parts: list[Part],
+    engine: EngineRecord,
+    pool: Pool,
+    report: Callable[[Progress], None],
+) -> None:
+    """Call task(part, job, times) for the parts that have no record by this engine. Raises Differs for a Mismatch."""
+    finished = {part.number: record for part in parts if (record := load_record(folder, part.number, engine.name))}
     total_bytes = sum(part.num_bytes for part in parts)
     earlier = Counts(
-        num_bytes=sum(part.num_bytes for part in parts if part.number in records),
-        documents=sum(record.documents for record in records.values()),
-        tokens=sum(record.tokens for record in records.values()),
-        bad_lines=sum(record.bad_lines for record in records.values()),
+        num_bytes=sum(part.num_bytes for part in parts if part.number in finished),
+        documents=sum(record.documents for record in finished.values()),
+        tokens=sum(record.tokens for record in finished.values()),
+        bad_lines=sum(record.bad_lines for record in finished.values()),
     )
+    todo = [(part, job, plan.times_of(part)) for part in parts if part.number not in finished]
 
     def tell(counts: Counts) -> None:
         report(Progress("tokenize", total_bytes, earlier + counts, earlier.num_bytes))
 
-    todo = [(part, folder, settings, dtype) for part in parts if part.number not in records]
+    with kept(folder, len(plan.parts)), closing(pool.run(task, todo, tell)) as records:
+        for done in records:
+            if isinstance(done, Mismatch):
+                raise Differs(done.reason)
+
+
+@contextmanager
+def kept(folder: Path, num_parts: int) -> Iterator[None]:
+    """What the disk does to the work, told with what to do about it."""
     try:
-        for record in pool.run(run_part, todo, tell):
-            records[record.number] = record
+        yield
+    except FileNotFoundError:
+        raise
     except OSError as error:
+        records = len(list((folder / STATE).glob("part-*.json")))
         raise DsgptError(
             "reading or writing failed half way",
             seen=str(error),
-            do=f"make room or repair what is named, then run the same command again; {len(records)} of {len(parts)} "
+            do=f"make room or repair what is named, then run the same command again; {records} of {num_parts} "
             "parts are finished and kept",
         ) from error
-    return [records[part.number] for part in parts]
-
-
-def _check_records(folder: Path, records: list[PartRecord], max_bad_fraction: float) -> None:
-    num_records = sum(record.records for record in records)
-    num_bad = sum(record.bad_lines for record in records)
-    if num_bad > max_bad_fraction * num_records:
-        _join_bad_lines(folder, records)
-        first = json.loads((folder / BAD_LINES).read_text("utf-8").split("\n", 1)[0])
-        raise DataError(
-            f"{num_bad} of {num_records} records cannot be read: more than max_bad_fraction = {max_bad_fraction:g}",
-            seen=f"{first['source']}:{first['line']}: {first['reason']}",
-            do=f"all are listed in {folder / BAD_LINES}; correct them, or accept them with --max-bad-fraction",
-        )
-    if not any("train" in record.shards for record in records):
-        raise DataError(
-            "no document is left to train on",
-            seen=f"{num_records} records, {sum(record.empty_documents for record in records)} of them without text",
-            do="name more text, or set aside a smaller share for validation",
-        )
-
-
-def _join_bad_lines(folder: Path, records: list[PartRecord]) -> None:
-    lines = [bad_lines_path(folder, record.number).read_text("utf-8") for record in records if record.bad_lines]
-    manifests.write_durably(folder / BAD_LINES, "".join(lines))
-
-
-def _finish(
-    folder: Path,
-    tokenizer: Tokenizer,
-    sources: list[SourceFile],
-    settings: Settings,
-    records: list[PartRecord],
-) -> DatasetManifest:
-    """Write dataset.json, the last file."""
-    num_bad = sum(record.bad_lines for record in records)
-    if num_bad:
-        _join_bad_lines(folder, records)
-    shards = {name: [r.shards[name] for r in records if name in r.shards] for name in ("train", "validation")}
-    splits = {name: Split.of(found) for name, found in shards.items() if found}
-    manifest = DatasetManifest(
-        format_version=manifests.FORMAT_VERSION,
-        tokenizer=TokenizerRecord(
-            path=TOKENIZER,
-            sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-        ),
-        dtype=dtype_for(tokenizer.vocab_size).name,
-        splits=splits,
-        sources=sources,
-        settings=asdict(settings),
-        bad_lines=BadLines(count=num_bad, file=BAD_LINES if num_bad else None),
-        empty_documents=sum(record.empty_documents for record in records),
-        fingerprint=manifests.fingerprint_of(tokenizer.sha256, splits),
-    )
-    manifests.save_manifest(folder, manifest)
-    return manifest

@@ -1,7 +1,6 @@
-"""Re-checks a dataset folder against its dataset.json, and shows what is in it.
+"""Re-checks a dataset folder against its dataset.json.
 
-    dsgpt data verify data/corpus       every hash, count and id; reads all shards once
-    dsgpt data inspect data/corpus      counts, lengths, most common tokens, decoded samples
+    dsgpt data verify data/corpus       every hash, count, id and mask; reads all shards once
 
 Trade-off: verify reports every problem it can find instead of stopping at the first.
 """
@@ -9,12 +8,11 @@ Trade-off: verify reports every problem it can find instead of stopping at the f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dsgpt.data.indexed import IndexedReader, bin_path, hash_file, idx_path
+from dsgpt.data.indexed import IndexedReader, bin_path, hash_file, idx_path, mask_path
 from dsgpt.data.manifest import DatasetManifest, Shard, Split, fingerprint_of, load_manifest
 from dsgpt.errors import DataError, Problem
 from dsgpt.tokenizer.tokenizer import Tokenizer
@@ -69,7 +67,10 @@ def _check_sums(manifest: DatasetManifest) -> Iterator[Problem]:
 
 def _check_shard(root: Path, manifest: DatasetManifest, shard: Shard) -> Iterator[Problem]:
     prefix = root / shard.path
-    for path, recorded in ((bin_path(prefix), shard.sha256_bin), (idx_path(prefix), shard.sha256_idx)):
+    hashes = [(bin_path(prefix), shard.sha256_bin), (idx_path(prefix), shard.sha256_idx)]
+    if shard.sha256_mask is not None:
+        hashes.append((mask_path(prefix), shard.sha256_mask))
+    for path, recorded in hashes:
         try:
             digest = hash_file(path)
         except OSError as error:
@@ -89,6 +90,8 @@ def _check_shard(root: Path, manifest: DatasetManifest, shard: Shard) -> Iterato
             seen=f"documents, tokens, dtype {seen}, recorded {(shard.documents, shard.tokens, manifest.dtype)}",
             do=_REMEDY,
         )
+    if shard.sha256_mask is not None:
+        yield from _check_mask(prefix, shard, len(reader.tokens))
     for start in range(0, len(reader.tokens), _IDS_AT_ONCE):
         ids = reader.tokens[start : start + _IDS_AT_ONCE]
         if int(ids.max()) >= manifest.tokenizer.vocab_size or int(ids.min()) < 0:
@@ -100,62 +103,12 @@ def _check_shard(root: Path, manifest: DatasetManifest, shard: Shard) -> Iterato
             return
 
 
-@dataclass(frozen=True)
-class SplitSummary:
-    """What `inspect` shows of a split. Lengths in tokens; `common` is (text of the token, count)."""
-
-    documents: int
-    tokens: int
-    text_bytes: int
-    shards: int
-    shortest: int
-    longest: int
-    histogram: list[tuple[int, int]]
-    common: list[tuple[str, int]]
-    samples: list[str]
-
-
-def inspect_split(folder: str | Path, split: str, num_samples: int = 3, sample_tokens: int = 60) -> SplitSummary:
-    """Summarise one split of a dataset.
-
-    histogram   (upper bound, documents): documents with fewer tokens than the bound, and not fewer than the one before
-    samples     the beginnings of documents spread evenly over the split, special tokens included
-
-    Raises DataError where the dataset or the split is missing or damaged.
-    """
-    manifest = load_manifest(folder)
-    if split not in manifest.splits:
-        raise DataError(f"the dataset has no split {split!r}", seen=f"it has: {', '.join(manifest.splits)}")
-    root, found = Path(folder), manifest.splits[split]
-    tokenizer = Tokenizer.load(root / manifest.tokenizer.path)
-    by_length = np.zeros(64, np.int64)
-    counts = np.zeros(manifest.tokenizer.vocab_size, np.int64)
-    shortest, longest = [], []
-    samples: list[str] = []
-    wanted = {int(i) for i in np.linspace(0, found.documents - 1, num_samples)} if found.documents else set()
-    first = 0
-    for shard in found.shards:
-        reader = IndexedReader(root / shard.path)
-        lengths = np.diff(np.append(0, np.cumsum(reader.lengths, dtype=np.int64))[reader.document_edges])
-        by_length += np.bincount(np.frexp(lengths)[1], minlength=64)
-        shortest.append(int(lengths.min(initial=found.tokens)))
-        longest.append(int(lengths.max(initial=0)))
-        for start in range(0, len(reader.tokens), _IDS_AT_ONCE):
-            counts += np.bincount(reader.tokens[start : start + _IDS_AT_ONCE], minlength=len(counts))
-        for number in sorted(i for i in wanted if first <= i < first + reader.num_documents):
-            sequence = int(reader.document_edges[number - first])
-            samples.append(tokenizer.decode(reader[sequence][:sample_tokens].tolist()))
-        first += reader.num_documents
-    return SplitSummary(
-        documents=found.documents,
-        tokens=found.tokens,
-        text_bytes=found.text_bytes,
-        shards=len(found.shards),
-        shortest=min(shortest, default=0),
-        longest=max(longest, default=0),
-        histogram=[(1 << i, int(n)) for i, n in enumerate(by_length) if n],
-        common=[
-            (tokenizer.decode([int(i)]), int(counts[i])) for i in np.argsort(-counts, kind="stable")[:20] if counts[i]
-        ],
-        samples=samples,
-    )
+def _check_mask(prefix: Path, shard: Shard, num_tokens: int) -> Iterator[Problem]:
+    mask = np.fromfile(mask_path(prefix), np.uint8)
+    seen = (len(mask), int(np.count_nonzero(mask)))
+    if seen != (num_tokens, shard.trained_tokens) or (len(mask) and int(mask.max()) > 1):
+        yield Problem(
+            f"{mask_path(prefix)} is not a mask of these tokens",
+            seen=f"tokens, learned from {seen}, recorded {(num_tokens, shard.trained_tokens)}",
+            do=_REMEDY,
+        )

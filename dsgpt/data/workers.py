@@ -15,8 +15,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, dataclass, fields
 from typing import Any, TypeVar
@@ -74,10 +74,34 @@ class Pool:
             self._stop.value = kind is not None
             self._executor.shutdown(cancel_futures=True)
 
+    def ask(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """One call in a worker, while this process does other things; with one worker it happens here and now.
+
+        All workers start with it, and import what the function needs.
+        """
+        if self._workers == 1:
+            future: Future[Result] = Future()
+            try:
+                future.set_result(function(*arguments))
+            except Exception as error:
+                future.set_exception(error)
+            return future
+        futures = [self._started().submit(function, *arguments) for _ in range(self._workers)]
+        return futures[0]
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._executor is None:
+            self._executor = ProcessPoolExecutor(
+                self._workers, self._context, initializer=_start_worker, initargs=(self._totals, self._stop)
+            )
+        return self._executor
+
     def run(
         self, function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]], tell: Callable[[Counts], None]
-    ) -> Iterator[Result]:
-        """Results as they come, in any order. `tell` gets the counts of this run some times a second and at the end.
+    ) -> Generator[Result, None, None]:
+        """Results as they come, in any order; close the iterator to do without the rest.
+
+        `tell` gets the counts of this run some times a second and at the end.
 
         Raises what a task raised, and DsgptError where a worker was killed.
         """
@@ -89,14 +113,12 @@ class Pool:
 
     def _run_apart(
         self, function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]], tell: Callable[[Counts], None]
-    ) -> Iterator[Result]:
-        if self._executor is None:
-            self._executor = ProcessPoolExecutor(
-                self._workers, self._context, initializer=_start_worker, initargs=(self._totals, self._stop)
-            )
+    ) -> Generator[Result, None, None]:
         self._totals[:] = [0] * len(self._totals)
+        waiting: set[Future[Result]] = set()
         try:
-            waiting = {self._executor.submit(function, *task) for task in tasks}
+            executor = self._started()
+            waiting = {executor.submit(function, *task) for task in tasks}
             while waiting:
                 done, waiting = wait(waiting, timeout=_TICK_SECONDS, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -108,6 +130,13 @@ class Pool:
                 seen=f"{self._workers} workers; most often the machine ran out of memory",
                 do="run the same command again with fewer --workers; finished parts are kept",
             ) from error
+        finally:
+            # After an error, and where nobody wants the rest, no task may go on behind the caller's back.
+            self._stop.value = 1
+            for future in waiting:
+                future.cancel()
+            wait(waiting)
+            self._stop.value = 0
 
 
 def _run_here(

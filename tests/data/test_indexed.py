@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dsgpt.data import indexed
 from dsgpt.data.indexed import IndexedReader, IndexedWriter, bin_path, dtype_for, idx_path
 from dsgpt.errors import DataError
 
@@ -90,6 +92,43 @@ def test_document_starts_are_those_of_a_plain_search(tmp_path: Path) -> None:
         for stop in range(start, int(lengths.sum()) + 1, 5):
             expected = [int(b) - start for b in begins if start <= b < stop]
             assert reader.document_starts(start, stop).tolist() == expected
+
+
+def numbers(kind: str) -> np.ndarray:
+    rng = np.random.default_rng(4)
+    return {
+        "even": np.arange(0, 60_000, 7),
+        "one": np.array([0]),
+        "equal": np.zeros(3_000, np.int64),
+        "repeated": np.sort(rng.integers(0, 500, 5_000)),
+        "skewed": np.cumsum(rng.pareto(0.5, 9_000).clip(0, 10**9).astype(np.int64)),
+        "a cliff": np.concatenate((np.arange(4_000), 10**12 + np.arange(4_000))),
+    }[kind]
+
+
+@pytest.mark.parametrize("most_kept", [2, 5, 1 << 16])
+@pytest.mark.parametrize("piece", [1, 3, 512])
+@pytest.mark.parametrize("kind", ["even", "one", "equal", "repeated", "skewed", "a cliff"])
+def test_a_search_in_a_file_finds_what_numpy_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, piece: int, most_kept: int
+) -> None:
+    values = numbers(kind)
+    (tmp_path / "x").write_bytes(b"unaligned" + values.astype("<i8").tobytes() + b"more")
+    monkeypatch.setattr(indexed._Ascending, "PIECE", piece)
+    monkeypatch.setattr(indexed._Ascending, "MOST_KEPT", most_kept)
+    highest = int(values[-1]) + 3
+    with FileIO(tmp_path / "x") as file:
+        column = indexed._Ascending(file, len(b"unaligned"), len(values), highest)
+        rng = np.random.default_rng(5)
+        lows = np.concatenate((rng.choice(values, 30), rng.integers(0, highest + 1, 30), [0, 1, highest]))
+        for low in lows.tolist():
+            for high in (low, low + 1, low + 50, highest):
+                high = min(high, low + 3_000) if piece < 512 else high
+                index, found = column.between(low, high)
+                begin, end = np.searchsorted(values, (low, high))
+                assert found.tolist() == values[begin:end].tolist()
+                assert index == begin or begin == end
+        assert len(column._pieces) <= max(2, most_kept)
 
 
 @pytest.mark.parametrize(

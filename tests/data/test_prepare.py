@@ -18,11 +18,13 @@ import pytest
 from click.testing import CliRunner
 
 from dsgpt.cli.data import data as command
+from dsgpt.data.choices import Progress
 from dsgpt.data.dataset import BlockDataset
 from dsgpt.data.indexed import IndexedReader
 from dsgpt.data.manifest import DatasetManifest, load_manifest
-from dsgpt.data.parts import plan_parts, share_of
-from dsgpt.data.prepare import Progress, prepare
+from dsgpt.data.parts import plan_parts
+from dsgpt.data.prepare import prepare
+from dsgpt.data.tokenize_part import share_of
 from dsgpt.errors import ConfigError, DataError, DsgptError, LockedError
 from dsgpt.tokenizer import Tokenizer
 

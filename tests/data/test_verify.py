@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from dsgpt.cli.data import data as command
-from dsgpt.data.manifest import load_manifest
+from dsgpt.data.manifest import Split, fingerprint_of, load_manifest
 from dsgpt.data.prepare import prepare
-from dsgpt.data.verify import inspect_split, verify_dataset
+from dsgpt.data.summary import Span, inspect_split
+from dsgpt.data.verify import verify_dataset
 from dsgpt.errors import DataError
 from dsgpt.tokenizer import Tokenizer
 
@@ -105,8 +107,52 @@ def test_inspect_counts_what_is_there(dataset: Path, tokenizer_folder: Path) -> 
     assert sum(count for _, count in summary.histogram) == 4
     for bound, count in summary.histogram:
         assert count == sum(bound / 2 <= length < bound for length in lengths)
-    assert summary.samples == [f"<s>{text}</s>" for text in TEXTS]
+    edge, end = Span("<s>", "boundary"), Span("</s>", "boundary")
+    assert summary.samples == [[edge, Span(text, "learned"), end] for text in TEXTS]
     counts = np.bincount(np.concatenate(documents))
     assert dict(summary.common)["x"] == counts[tokenizer.encode("x")[0]] == 50
     result = CliRunner().invoke(command, ["inspect", str(dataset)], catch_exceptions=False)
-    assert "4 documents" in result.stdout and "<s>the cat</s>" in result.stdout
+    assert "4 documents" in result.stdout and "|<s>|the cat|</s>|" in result.stdout
+
+
+def make_chat(folder: Path, learned: list[int]) -> None:
+    """Give a dataset the mask that chat data has."""
+    content = json.loads((folder / "dataset.json").read_text("utf-8"))
+    shard = content["splits"]["train"]["shards"][0]
+    (folder / "train-00000.mask").write_bytes(bytes(learned))
+    shard |= {"sha256_mask": hashlib.sha256(bytes(learned)).hexdigest(), "trained_tokens": sum(learned)}
+    splits = {"train": Split.model_validate(content["splits"]["train"])}
+    content |= {"kind": "chat", "fingerprint": fingerprint_of(content["tokenizer"]["sha256"], splits)}
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+def test_a_mask_is_shown_in_colour_and_its_damage_found(dataset: Path, tokenizer_folder: Path) -> None:
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    learned = []
+    for text in TEXTS:
+        half = len(tokenizer.encode(text)) // 2
+        learned += [0] + [0] * half + [1] * (len(tokenizer.encode(text)) - half) + [1]
+    make_chat(dataset, learned)
+    assert verify_dataset(dataset) == []
+    summary = inspect_split(dataset, "train", num_samples=4)
+    assert summary.trained_tokens == sum(learned)
+    for text, sample in zip(TEXTS, summary.samples, strict=True):
+        assert [span.kind for span in sample] == ["boundary", "context", "learned", "boundary"]
+        assert sample[1].text + sample[2].text == text
+    shown = CliRunner().invoke(command, ["inspect", str(dataset), "--samples", "4"], color=True)
+    assert "\x1b[32m" in shown.output and f"learned from: {sum(learned)} of {len(learned)} tokens" in shown.output
+    flip(dataset / "train-00000.mask")
+    found = {problem.what.split(" ", 1)[1] for problem in verify_dataset(dataset)}
+    assert found == {
+        "has changed",
+        "is not a mask of these tokens",
+    }
+
+
+def test_of_a_long_document_both_ends_are_shown(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "x.txt").write_text("begin " + "- " * 500 + " finish")
+    prepare([tmp_path / "x.txt"], tokenizer_folder, tmp_path / "out")
+    (sample,) = inspect_split(tmp_path / "out", "train").samples
+    assert sample[0] == Span("<s>", "boundary") and sample[1].text.startswith("begin - ")
+    assert sample[2].kind == "context" and "tokens ..." in sample[2].text
+    assert sample[3].text.endswith(" finish") and sample[4] == Span("</s>", "boundary")
