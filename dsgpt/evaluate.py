@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsgpt.data.dataset import BlockDataset, collate
+from dsgpt.data.dataset import BlockDataset, Samples, read_samples
+from dsgpt.data.foreign import find_manifest, is_foreign
+from dsgpt.data.mixture import open_samples
 from dsgpt.distributed import World
 from dsgpt.errors import DataError
 from dsgpt.model.functional import IGNORE_INDEX
@@ -31,7 +33,8 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss` in nats per token, over `tokens` target tokens; `bits_per_byte` over the UTF-8 text they encode."""
+    """`loss` in nats per token, over `tokens` target tokens; `bits_per_byte` over the UTF-8 text they encode, not a number
+    where its size is not known."""
 
     loss: float
     perplexity: float
@@ -39,16 +42,30 @@ class Evaluation:
     tokens: int
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which has null for what is no number."""
+        return {name: None if math.isnan(value) else value for name, value in asdict(self).items()}
 
 
 def summarise(loss_sum: float, tokens: int, text_bytes: float) -> Evaluation:
     """`text_bytes` is the text behind the `tokens` targets. Raises DataError where there is nothing to evaluate."""
-    if not tokens or not text_bytes:
+    if not tokens or text_bytes == 0:
         raise DataError("nothing to evaluate", seen=f"{tokens} tokens, {text_bytes:.0f} bytes", do="give more text")
     loss = loss_sum / tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return Evaluation(loss, perplexity, loss_sum / math.log(2) / text_bytes, tokens)
+
+
+def pool(parts: Sequence[Evaluation]) -> Evaluation:
+    """Of several sets as if they were one: the mean over all their tokens."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens = sum(part.tokens for part in parts)
+    sums = [part.loss * part.tokens for part in parts]
+    # What bits per byte divided by; a set of loss 0 has no bits to tell it from.
+    sizes = [
+        total / math.log(2) / part.bits_per_byte if total else math.nan for total, part in zip(sums, parts, strict=True)
+    ]
+    return summarise(sum(sums), tokens, sum(sizes))
 
 
 def to_tensors(arrays: dict[str, np.ndarray], device: torch.device) -> Batch:
@@ -61,12 +78,11 @@ def to_tensors(arrays: dict[str, np.ndarray], device: torch.device) -> Batch:
 
 
 def evaluate_split(
-    loss_of: Callable[[Batch], Tensor], dataset: BlockDataset, world: World, micro_batch: int, limit: int | None
+    loss_of: Callable[[Batch], Tensor], dataset: Samples, world: World, micro_batch: int, limit: int | None
 ) -> Evaluation:
-    """Evaluate the first `limit` blocks of a split on all ranks; a collective with the same result everywhere.
+    """Evaluate the first `limit` samples of a split on all ranks; a collective with the same result everywhere.
 
-    `loss_of` gives the summed loss of a batch. The bytes behind the evaluated targets are taken as their share of the
-    split's bytes, because blocks end in the middle of documents.
+    `loss_of` gives the summed loss of a batch.
     """
     if dataset.num_samples == 0:
         raise DataError(
@@ -77,20 +93,30 @@ def evaluate_split(
         tokens += int((arrays["labels"] != IGNORE_INDEX).sum())
         loss += float(loss_of(to_tensors(arrays, world.device)))
     total_loss, total_tokens = world.sum(float(loss), tokens)
+    return summarise(total_loss, int(total_tokens), _text_bytes(dataset, total_tokens))
+
+
+def _text_bytes(dataset: Samples, targets: float) -> float:
+    """The bytes behind so many targets, taken as their share of the split's, because blocks end in the middle of documents.
+
+    Not a number of chats, of which only a part is a target, and of files that do not say how much text they hold.
+    """
+    if not isinstance(dataset, BlockDataset):
+        return math.nan
     split = dataset.manifest.splits[dataset.split]
-    share = total_tokens / max(1, split.tokens - split.documents)
-    return summarise(total_loss, int(total_tokens), split.text_bytes * share)
+    return split.text_bytes * targets / max(1, split.tokens - split.documents) or math.nan
 
 
 def _rank_batches(
-    dataset: BlockDataset, world: World, micro_batch: int, limit: int | None
+    dataset: Samples, world: World, micro_batch: int, limit: int | None
 ) -> Iterator[dict[str, np.ndarray]]:
     """This rank's share, in batches; every rank gets equally many (ZeRO-3 needs that), surplus rows fully masked."""
     total = dataset.num_samples if limit is None else min(limit, dataset.num_samples)
     for start in range(0, total, world.size * micro_batch):
         first = start + world.rank * micro_batch
-        arrays = collate([dataset[min(i, total - 1)] for i in range(first, first + micro_batch)])
-        surplus = np.arange(first, first + micro_batch) >= total
+        ids = np.arange(first, first + micro_batch)
+        arrays = read_samples(dataset, np.minimum(ids, total - 1))
+        surplus = ids >= total
         arrays["labels"] = np.where(surplus[:, None], IGNORE_INDEX, arrays["labels"])
         yield arrays
 
@@ -98,13 +124,15 @@ def _rank_batches(
 def evaluate_dataset(
     model: GPT, tokenizer: Tokenizer, folder: Path, split: str, limit: int | None = None, micro_batch: int = 8
 ) -> Evaluation:
-    """One split of a prepared dataset, in blocks of the model's context, on one device.
+    """One split of a prepared dataset, in samples of the model's context, on one device.
 
-    Raises DataError when the dataset's tokenizer is not the model's or the split is not there.
+    Raises DataError when the dataset's tokenizer is not the model's or the split is not there. What does not say which
+    tokenizer made it is taken to be the model's.
     """
-    dataset = BlockDataset(folder, split, model.config.max_position_embeddings)
-    theirs = dataset.manifest.tokenizer.sha256
-    if theirs != tokenizer.sha256:
+    manifest, context = find_manifest(folder), model.config.max_position_embeddings
+    dataset = open_samples(folder, manifest, split, context, vocab_size=model.config.vocab_size)
+    theirs = manifest.tokenizer.sha256
+    if not is_foreign(manifest) and theirs != tokenizer.sha256:
         raise DataError(
             "the dataset was made with another tokenizer than the model's",
             seen=f"dataset {theirs[:12]}, model {tokenizer.sha256[:12]}",

@@ -21,7 +21,8 @@ class Finding:
 
 def check(config: RunConfig) -> list[Finding]:
     """Every contradiction between the keys of a config."""
-    return [*_check_model(config), *_check_length(config), *_check_optimizer(config), *_check_run(config)]
+    parts = (_check_model, _check_length, _check_data, _check_optimizer, _check_run)
+    return [finding for part in parts for finding in part(config)]
 
 
 def _finding(keys: tuple[str, ...], what: str, seen: str, do: str) -> Finding:
@@ -106,6 +107,41 @@ def _check_length(config: RunConfig) -> Iterator[Finding]:
         )
 
 
+def _check_data(config: RunConfig) -> Iterator[Finding]:
+    train, validation = config.data.train, config.data.validation
+    length = ("training.num_epochs", "training.max_steps", "training.max_tokens")
+    if not train:
+        yield _finding(
+            ("data.train",), "data.train names no source", "an empty list", "name one or more: [{path: FOLDER}]"
+        )
+    for key, entries in (("data.train", train), ("data.validation", validation)):
+        twice = sorted({str(one.path) for one in entries if [other.path for other in entries].count(one.path) > 1})
+        if twice:
+            do = "name it once; a larger weight reads it more often" if key == "data.train" else "name it once"
+            yield _finding((key,), f"{key} names a source twice", ", ".join(twice), do)
+    names = [one.name or one.path.name for one in validation]
+    if len(set(names)) < len(names) and len({one.path for one in validation}) == len(validation):
+        do = "give them different names: data.validation=[{path: ..., name: ...}, ...]"
+        yield _finding(("data.validation",), "validation sets have the same name", ", ".join(names), do)
+    seen = ", ".join(f"{one.path.name}: weight {one.weight:g}, epochs {one.epochs}" for one in train)
+    if any(one.epochs for one in train):
+        if not all(one.epochs and one.weight == 1 for one in train):
+            do = "give every source its epochs and none a weight, or the other way round"
+            yield _finding(("data.train",), "epochs and weights of sources contradict each other", seen, do)
+        elif config.training.num_epochs is None:
+            do = "set training.num_epochs (1 = these passes exactly), or give weights instead of epochs"
+            what = "epochs of sources need a run whose length is training.num_epochs"
+            yield _finding(("data.train", *length), what, seen, do)
+        elif config.data.append_sources:
+            do = "give weights and training.max_steps"
+            what = "sources cannot be appended to a mixture that is made of whole passes"
+            yield _finding(("data.train", "data.append_sources"), what, seen, do)
+    elif config.training.num_epochs is not None and len(train) > 1:
+        do = "give every source its epochs: data.train=[{path: ..., epochs: 1}, ...]; or set training.max_steps or max_tokens"
+        what = "training.num_epochs of several sources says nothing about each of them"
+        yield _finding(("data.train", *length), what, seen, do)
+
+
 def _check_optimizer(config: RunConfig) -> Iterator[Finding]:
     optimizer = config.optimizer
     if optimizer.min_learning_rate > optimizer.learning_rate:
@@ -124,14 +160,6 @@ def _check_optimizer(config: RunConfig) -> Iterator[Finding]:
 
 def _check_run(config: RunConfig) -> Iterator[Finding]:
     training = config.training
-    for split, entries in (("train", config.data.train), ("validation", config.data.validation)):
-        if len(entries) > 1 or (split == "train" and not entries):
-            yield _finding(
-                (f"data.{split}",),
-                f"data.{split} names {len(entries)} datasets; mixtures are not supported yet",
-                ", ".join(str(entry.path) for entry in entries) or "an empty list",
-                "name exactly one; several text folders can be prepared into one dataset with `dsgpt data prepare`",
-            )
     micro, total = training.micro_batch_size_per_gpu, training.global_batch_size
     if micro != "auto" and total % micro:
         close = [str(value) for value in (total // micro * micro, (total // micro + 1) * micro) if value]
@@ -170,17 +198,15 @@ def ineffective_settings(config: RunConfig, written: set[str]) -> list[str]:
     if model.init_from != "scratch":
         for key in (key for key in type(model).model_fields if key not in ("init_from", "dropout")):
             reasons[f"model.{key}"] = f"the shape comes from {model.init_from}"
-    for split, entries in (("train", config.data.train), ("validation", config.data.validation)):
-        if len(entries) == 1:
-            reasons[f"data.{split}.0.weight"] = "there is only one dataset"
+    if len(config.data.train) == 1:
+        reasons["data.train.0.weight"] = "there is only one source of training data"
     changed = written - _defaults_written_out(config)
     return [f"{key} has no effect: {reason}" for key, reason in reasons.items() if key in changed]
 
 
 def _defaults_written_out(config: RunConfig) -> set[str]:
     """Dotted keys of scalar settings whose value is the default anyway (a resolved config spells all of them out)."""
-    entries = (("train", config.data.train), ("validation", config.data.validation))
-    same = {f"data.{split}.0.weight" for split, sources in entries if all(source.weight == 1 for source in sources)}
+    same = {"data.train.0.weight"} if config.data.train[0].weight == 1 else set()
     for name in ("model", "optimizer"):
         section = getattr(config, name)
         for key, field in type(section).model_fields.items():

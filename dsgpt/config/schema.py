@@ -41,18 +41,46 @@ class TokenizerSection(Section):
 
 
 class DataSource(Section):
-    """One prepared dataset."""
+    """One source of training data."""
 
-    path: Path = Field(description="folder written by `dsgpt data prepare`")
-    weight: Real = Field(default=1.0, gt=0, description="share in a mixture, relative to the other datasets")
+    path: Path = Field(
+        description="folder of `dsgpt data prepare` or `prepare-chat`, or Megatron's files: a prefix or a folder of them"
+    )
+    weight: Real = Field(
+        default=1.0, gt=0, description="share of the sequences in a mixture, relative to the other sources"
+    )
+    epochs: Real | None = Field(
+        default=None,
+        gt=0,
+        description="passes over this source in one epoch of the mixture (training.num_epochs); then all sources have it, "
+        "and no weight",
+    )
+
+
+class ValidationSource(Section):
+    """One set of validation data."""
+
+    path: Path = Field(description="as under data.train; its validation split, or all of it where it has none")
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_.-]+$",
+        description="what its losses are called; null = the last part of its path",
+    )
 
 
 class DataSection(Section):
     """What is read."""
 
-    train: tuple[DataSource, ...] = Field(description="the training dataset: exactly one for now")
-    validation: tuple[DataSource, ...] = Field(
-        default=(), description="the validation dataset; empty = the validation split of the training dataset"
+    train: tuple[DataSource, ...] = Field(
+        description="the sources of training data; several are mixed by their weights"
+    )
+    validation: tuple[ValidationSource, ...] = Field(
+        default=(),
+        description="the validation sets; empty = the validation split of each source of training data that has one",
+    )
+    append_sources: Bool = Field(
+        default=False,
+        description="let a run that continues take in sources added at the end of data.train, from its next step on",
     )
     root: Path | None = Field(default=None, description="folder that relative dataset paths count from")
     document_mask: Bool = Field(default=True, description="documents packed in one sequence do not see each other")
@@ -128,7 +156,9 @@ class TrainingSection(Section):
     )
     max_steps: Count | None = Field(default=None, description="length of the run in optimizer steps")
     num_epochs: Real | None = Field(
-        default=None, gt=0, description="length of the run in passes over the training data"
+        default=None,
+        gt=0,
+        description="length of the run in passes over the training data; of several sources each needs its own `epochs`",
     )
     max_tokens: Count | None = Field(default=None, description="length of the run in tokens")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
@@ -213,7 +243,9 @@ class CheckpointSection(Section):
     keep_last: CountOrZero = Field(default=3, description="how many of the newest checkpoints stay; 0 = all")
     keep_every: Count | None = Field(default=None, description="checkpoints of steps divisible by this stay for good")
     keep_best: Bool = Field(
-        default=False, description="the checkpoint with the lowest validation loss stays (of those that were evaluated)"
+        default=False,
+        description="the checkpoint with the lowest validation loss stays (of those that were evaluated; of several sets "
+        "the mean over all their tokens)",
     )
     strict_space: Bool = Field(
         default=False,
@@ -230,7 +262,7 @@ class LoggingSection(Section):
     log_interval: Count = Field(default=10, description="optimizer steps between metrics")
     eval_interval: Count | None = Field(default=None, description="steps between evaluations; null = only at the end")
     eval_samples: Count | None = Field(
-        default=None, description="sequences per evaluation; null = the whole validation split"
+        default=None, description="sequences per evaluation of each validation set; null = all"
     )
 
 

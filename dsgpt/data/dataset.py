@@ -2,7 +2,7 @@
 
     dataset = BlockDataset("data/corpus", "train", seq_length=1024)
     order = SampleOrder(dataset.num_samples, seed=1234, fingerprint=dataset.fingerprint)
-    batch = collate([dataset[i] for i in order.sample_ids(start=0, count=8)])
+    batch = SampleStream(dataset, order).read(np.arange(8))  # the run's first eight samples
 
 A split is one stream of tokens, its shards in the order of dataset.json. Block i takes the T + 1 tokens from i * T on,
 so every token is an input exactly once per epoch, over the edges of documents and shards; only what is left at the end
@@ -11,6 +11,9 @@ its context, in exchange for no padding, no dropped token and no index to build.
 
 The order is computed, not stored: sample k of a run is a pure function of (seed, fingerprint, k). It takes no memory
 and no time to start or resume, and it does not know of world size, micro-batch or restarts.
+
+What costs time per sample is done for a whole batch at once: only reading the tokens and looking up their documents are
+loops. Files are read and not mapped: a scheduler counts mapped pages as the process's own.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,6 +33,8 @@ from dsgpt.errors import DataError
 
 IGNORED = -100  # label of a position without a target, as torch's cross entropy has it
 _ROUNDS = 8
+_MOST_OPEN = 256  # shards of a dataset whose files are open at a time; each has two, and 1,024 are the usual limit
+_CHUNK = 4096  # places of the order that are computed together
 
 
 @dataclass(frozen=True)
@@ -53,19 +59,40 @@ def collate(blocks: Sequence[Block]) -> dict[str, np.ndarray]:
     return {field.name: np.stack([getattr(block, field.name) for block in blocks]) for field in fields(Block)}
 
 
+class Samples(Protocol):
+    """What training reads: numbered samples, and what identifies them. `read(ids)`, where there is one, is the faster
+    way to collate([self[i] for i in ids])."""
+
+    num_samples: int
+    fingerprint: str
+
+    def __getitem__(self, i: int) -> Block: ...
+
+
 class BlockDataset:
     """The blocks of one split.
 
     With document_mask=False a block is one piece of text: labels cross document edges, positions run through and
     document_ids are 0. `fingerprint` identifies the samples (not their order): dataset, split and seq_length.
+    `manifest` stands for folder/dataset.json where that does not exist (dsgpt.data.foreign); `vocab_size` is given where
+    nobody has compared the ids with a vocabulary yet.
 
-    Raises DataError where the split is missing, has fewer than seq_length + 1 tokens, or a shard does not have the
-    number of tokens that dataset.json says.
+    Raises DataError where the split is missing, has fewer than seq_length + 1 tokens, a shard does not have the
+    number of tokens that dataset.json says, or an id that is read is not below vocab_size.
     """
 
-    def __init__(self, folder: str | Path, split: str, seq_length: int, document_mask: bool = True):
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        seq_length: int,
+        document_mask: bool = True,
+        manifest: DatasetManifest | None = None,
+        vocab_size: int | None = None,
+    ):
         self.folder = Path(folder)
-        self.manifest: DatasetManifest = load_manifest(folder)
+        self.vocab_size = vocab_size
+        self.manifest = manifest or load_manifest(folder)
         self.split = split
         self.seq_length = seq_length
         self.document_mask = document_mask
@@ -88,57 +115,114 @@ class BlockDataset:
         self._shards = [shard for shard in found.shards if shard.tokens]
         # Stream position at which each shard begins, and one past the end of the last.
         self._edges = np.cumsum([0] + [shard.tokens for shard in self._shards])
-        # Mapped when first read: a run of many ranks over many shards opens only what it visits.
-        self._reader = lru_cache(maxsize=None)(self._open)
+        self._firsts = self._edges.tolist()
+        # Opened when first read: a run of many ranks over many shards opens only what it visits.
+        self._readers: dict[int, IndexedReader] = {}
+
+    @property
+    def order_fingerprint(self) -> str:
+        """What the order of a run is keyed with: the dataset's, so that the order is the same for any seq_length and
+        split of as many samples."""
+        return self.manifest.fingerprint
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, i: int) -> Block:
-        if not 0 <= i < self.num_samples:
-            raise IndexError(f"sample {i} of {self.num_samples}")
-        length = self.seq_length
-        tokens, starts = self._read(int(i) * length, length + 1)
-        input_ids, labels = tokens[:-1], tokens[1:].copy()
-        position_ids = np.arange(length, dtype=np.int64)
-        document_ids = np.zeros(length, dtype=np.int32)
-        starts = starts[starts > 0]
-        if self.document_mask and len(starts):
-            labels[starts - 1] = IGNORED
-            inside = starts[starts < length]
-            document_ids[inside] = 1
-            np.cumsum(document_ids, out=document_ids)
-            position_ids -= np.concatenate(([0], inside))[document_ids]
-        return Block(input_ids, labels, position_ids, document_ids)
+        return Block(**{name: array[0] for name, array in self.read(np.array([i])).items()})
 
-    def _read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (int64) of stream[start : start + count], and where in them documents begin (int64, ascending)."""
-        tokens = np.empty(count, dtype=np.int64)
-        starts = []
-        done = 0
-        number = int(np.searchsorted(self._edges, start, side="right")) - 1
-        while done < count:
-            first = start + done - int(self._edges[number])
-            take = min(count - done, self._shards[number].tokens - first)
-            reader = self._reader(number)
-            tokens[done : done + take] = reader.tokens[first : first + take]
-            starts.append(reader.document_starts(first, first + take) + done)
-            done += take
-            number += 1
+    def read(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """The samples of these numbers under each other, as `collate` has them."""
+        ids = np.asarray(ids, dtype=np.int64)
+        outside = (ids < 0) | (ids >= self.num_samples)
+        if outside.any():
+            raise IndexError(f"sample {ids[outside][0]} of {self.num_samples}")
+        rows, length = len(ids), self.seq_length
+        tokens, starts = self._gather(ids * length, length + 1)
+        if self.vocab_size is not None:
+            self._check_ids(tokens, self.vocab_size)
+        labels = tokens[:, 1:].astype(np.int64)
+        row, column = np.divmod(starts, length + 1)
+        # A document that begins at the first token has nothing before it here; one after the last only ends a target.
+        row, column = row[column > 0], column[column > 0]
+        labels[row, column - 1] = IGNORED
+        inner = (row * length + column)[column < length]
+        position_ids, document_ids = _segments(inner, rows, length)
+        return {
+            "input_ids": tokens[:, :-1].astype(np.int64),
+            "labels": labels,
+            "position_ids": position_ids,
+            "document_ids": document_ids,
+        }
+
+    def _gather(self, begins: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `count` tokens of the stream from each of `begins` on, as rows; and where documents begin in that array
+        counted through (ascending; empty without a mask)."""
+        tokens = np.empty((len(begins), count), dtype=self.manifest.dtype)
+        raw, itemsize = memoryview(tokens).cast("B"), tokens.itemsize
+        offsets, shifts = [], []
+        numbers = np.searchsorted(self._edges, begins, side="right") - 1
+        for row, (begin, number) in enumerate(zip(begins.tolist(), numbers.tolist(), strict=True)):
+            done = 0
+            while done < count:
+                reader = self._readers.get(number) or self._open(number)
+                first = begin + done - self._firsts[number]
+                piece = min(count - done, reader.num_tokens - first)
+                at = (row * count + done) * itemsize
+                reader.read_tokens(first, raw[at : at + piece * itemsize])
+                if self.document_mask:
+                    offsets.append(reader.document_offsets(first, first + piece))
+                    shifts.append(row * count + done - first)
+                done += piece
+                number += 1
+        if not self.document_mask:
+            return tokens, np.zeros(0, np.int64)
+        starts = np.concatenate(offsets) // itemsize + np.repeat(shifts, [len(one) for one in offsets])
         # A document without tokens begins where the next one does.
-        return tokens, np.unique(np.concatenate(starts))
+        return tokens, starts[np.diff(starts, prepend=-1) > 0]
+
+    def _check_ids(self, tokens: np.ndarray, vocab_size: int) -> None:
+        lowest, highest = (int(tokens.min()), int(tokens.max())) if tokens.size else (0, 0)
+        if lowest < 0 or highest >= vocab_size:
+            raise DataError(
+                "the data holds ids outside the model's vocabulary",
+                seen=f"ids from {lowest} to {highest} in {self.folder}, model.vocab_size={vocab_size}",
+                do="give the model the vocabulary of the tokenizer that made the data (model.vocab_size)",
+            )
 
     def _open(self, number: int) -> IndexedReader:
+        """Open a shard, and keep it."""
+        if len(self._readers) >= _MOST_OPEN:  # files stay open with them: the one that was opened first goes
+            del self._readers[next(iter(self._readers))]
         shard: Shard = self._shards[number]
-        reader = IndexedReader(self.folder / shard.path)
-        if len(reader.tokens) != shard.tokens or reader.dtype.name != self.manifest.dtype:
+        reader = IndexedReader(self.folder / shard.path, plain=self.vocab_size is None)
+        if reader.num_tokens != shard.tokens or reader.dtype.name != self.manifest.dtype:
             raise DataError(
                 f"shard {shard.path} is not the one that dataset.json describes",
-                seen=f"{len(reader.tokens)} tokens of {reader.dtype.name}, "
-                f"expected {shard.tokens} of {self.manifest.dtype}",
+                seen=f"{reader.num_tokens} tokens of {reader.dtype.name}, expected {shard.tokens} of {self.manifest.dtype}",
                 do=f"run: dsgpt data verify {self.folder}",
             )
+        self._readers[number] = reader
         return reader
+
+
+def _segments(inner: np.ndarray, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(position_ids, document_ids) of rows x length places that are cut at each row and at `inner`, counted through."""
+    heads = np.concatenate((np.arange(rows) * length, inner))
+    heads.sort()
+    sizes = np.diff(heads, append=rows * length)
+    number = np.arange(len(heads))
+    first_of_row = np.maximum.accumulate(np.where(heads % length == 0, number, 0))
+    documents = np.repeat((number - first_of_row).astype(np.int32), sizes)
+    # What a fresh array costs is mostly its pages, so the large ones are made once.
+    positions = np.repeat(heads, sizes)
+    np.subtract(_places(rows * length), positions, out=positions)
+    return positions.reshape(rows, length), documents.reshape(rows, length)
+
+
+@lru_cache(maxsize=4)
+def _places(count: int) -> np.ndarray:
+    return np.arange(count)
 
 
 class SampleOrder:
@@ -179,6 +263,54 @@ class SampleOrder:
         for key in keys:
             left, right = right, left ^ (_mix(right ^ key) & mask)
         return (left << bits) | right
+
+
+class SampleStream:
+    """The samples of a run over one dataset, by their number in the run.
+
+    `read(positions)` gives the batch of these, `sample_ids(start, count)` their numbers in the dataset. dsgpt.data.mixture
+    has the same two for several datasets.
+    """
+
+    def __init__(self, dataset: Samples, order: SampleOrder):
+        self.dataset = dataset
+        self.order = order
+        self.num_samples = dataset.num_samples
+        # One call for some thousand places costs little more than one for a batch, but each epoch in it as much again.
+        self._places = min(_CHUNK, max(16, order.num_samples))
+        self._chunk = lru_cache(maxsize=8)(lambda number: order.sample_ids(number * self._places, self._places))
+
+    @classmethod
+    def of(cls, dataset: Samples, seed: int) -> SampleStream:
+        """In the order of a run over this dataset alone."""
+        fingerprint: Any = getattr(dataset, "order_fingerprint", dataset.fingerprint)
+        return cls(dataset, SampleOrder(dataset.num_samples, seed, fingerprint))
+
+    def ids(self, positions: np.ndarray) -> np.ndarray:
+        """Dataset indices (int64) of these samples of the run."""
+        positions = np.asarray(positions, dtype=np.int64)
+        chunks, within = np.divmod(positions, self._places)
+        if len(chunks) and (chunks == chunks[0]).all():
+            return self._chunk(int(chunks[0]))[within]
+        found = np.empty(len(positions), dtype=np.int64)
+        for chunk in np.unique(chunks).tolist():
+            here = chunks == chunk
+            found[here] = self._chunk(chunk)[within[here]]
+        return found
+
+    def sample_ids(self, start: int, count: int) -> np.ndarray:
+        """Dataset indices of the run's samples [start, start + count)."""
+        return self.ids(np.arange(start, start + count))
+
+    def read(self, positions: np.ndarray) -> dict[str, np.ndarray]:
+        """These samples of the run under each other, as `collate` has them."""
+        return read_samples(self.dataset, self.ids(positions))
+
+
+def read_samples(dataset: Samples, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """The samples of these numbers, collated, in the fastest way the dataset has."""
+    read = getattr(dataset, "read", None)
+    return read(ids) if read else collate([dataset[int(i)] for i in ids])
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -40,7 +40,10 @@ POLICIES = (
     Policy("model.*", "refused", "the saved tensors have these shapes and meanings"),
     Policy("tokenizer.path", "ignored", "the data's tokenizer counts; another one is refused by its hash"),
     Policy("data.document_mask", "refused", "the samples would be others"),
-    Policy("data.*", "applied", "paths may change, contents not: another fingerprint is refused (65)"),
+    Policy("data.append_sources", "applied", "it lets sources be added at the end of data.train"),
+    Policy(
+        "data.*", "applied", "paths may change; contents, shares and the list of sources not: they are refused (65)"
+    ),
     Policy("optimizer.name", "refused", "its state is another one"),
     Policy("optimizer.momentum", "refused", "its state is another one"),
     Policy("optimizer.*", "applied", "the learning rate may jump; a start says so"),

@@ -62,10 +62,10 @@ def write_resolved(plan: ResolvedRun, world: World, log: RunLog, changes: list[s
             write_atomically(folder / "config.yaml", to_yaml(plan.config.model_copy(update={"run": here})))
             write_atomically(folder / "ds_config.json", json.dumps(plan.deepspeed, indent=2) + "\n")
             write_atomically(folder / "environment.json", json.dumps(_environment(world), indent=2) + "\n")
-            if not (folder / "tokenizer").exists():
+            if plan.data.tokenizer_folder and not (folder / "tokenizer").exists():
                 tmp = folder / ".tmp-tokenizer"
                 shutil.rmtree(tmp, ignore_errors=True)
-                shutil.copytree(plan.dataset_path / plan.dataset.tokenizer.path, tmp)
+                shutil.copytree(plan.data.tokenizer_folder, tmp)
                 tmp.rename(folder / "tokenizer")
         except OSError as problem:
             error = LockedError(

@@ -6,6 +6,7 @@ writing. A stop is asked of any rank at any time and agreed by all at the end of
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,17 +15,19 @@ from pathlib import Path
 import torch
 
 from dsgpt.checkpoint.weights import checkpoint_weights, hf_weights
-from dsgpt.data.dataset import BlockDataset, SampleOrder
+from dsgpt.data.dataset import Samples
+from dsgpt.data.mixture import MixtureStream, Segment
 from dsgpt.distributed import World
 from dsgpt.engine import Engine, construct
 from dsgpt.errors import ConfigError, NumericalError, Preempted, Stopped
-from dsgpt.evaluate import Evaluation, evaluate_split
+from dsgpt.evaluate import Evaluation, evaluate_split, pool
 from dsgpt.model.gpt import GPT
 from dsgpt.model.recompute import apply_activation_checkpointing
 from dsgpt.optimizer import build_optimizer, learning_rate
 from dsgpt.process import StopRequest
 from dsgpt.train.folder import forecast_space, prepare_folder, write_resolved
 from dsgpt.train.left_out import LeftOutSteps
+from dsgpt.train.order import first_segments
 from dsgpt.train.resolve import ResolvedRun
 from dsgpt.train.resume import find_source, last_good, open_run, restore, set_later_steps_aside
 from dsgpt.train.save import Controls, record_evaluation, save
@@ -45,8 +48,8 @@ class Run:
     state: TrainState
     log: RunLog
     stop: StopRequest
-    dataset: BlockDataset
-    validation: BlockDataset | None
+    stream: MixtureStream
+    validation: dict[str, Samples]
     spikes: LossSpikes
     controls: Controls
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
@@ -69,6 +72,11 @@ class Run:
     def enter(self, phase: str, times: int = 1) -> None:
         """Tell the watchdog what comes now, and that it may take so many times run.hang_timeout_seconds."""
         self.heartbeat.phase(phase, self.state.step, times * self.plan.config.run.hang_timeout_seconds)
+
+    def go_on(self, segments: Sequence[Segment]) -> None:
+        """Read in this order from now on."""
+        sources = [one.dataset for one in self.stream.streams]
+        self.stream = MixtureStream(sources, segments, self.plan.config.run.seed)
 
     def tell_watchdog(self) -> None:
         """What belongs into the report of a sudden end."""
@@ -127,9 +135,12 @@ def _build(
 ) -> Run:
     config = plan.config
     heartbeat.phase("build the model", 0, 3 * config.run.hang_timeout_seconds)
-    seq_length, document_mask = config.training.seq_length, config.data.document_mask
-    dataset = BlockDataset(plan.dataset_path, "train", seq_length, document_mask)
-    validation = BlockDataset(*plan.validation, seq_length, document_mask) if plan.validation else None
+    sources = [source.open(config, plan.model.vocab_size) for source in plan.data.train]
+    stream = MixtureStream(sources, first_segments(plan), config.run.seed)
+    validation = {source.name: source.open(config, plan.model.vocab_size) for source in plan.data.validation}
+    if plan.data.foreign:
+        text = "warning: nothing says which tokenizer made {}; ids are compared with the vocabulary as they are read"
+        log.event("tokenizer_unknown", text.format(", ".join(plan.data.foreign)), sources=plan.data.foreign)
     log.event("building_model")
     torch.manual_seed(config.run.seed)
     model = construct(lambda: GPT(plan.model), plan.deepspeed)
@@ -138,7 +149,7 @@ def _build(
     spikes = LossSpikes(config.training.loss_spike)
     spikes.skipped = world.broadcast_object(LossSpikes.read(plan.output_dir) if world.is_main else None)
     controls = Controls(plan.output_dir, enabled=world.is_main)
-    return Run(plan, world, engine, TrainState(), log, stop, dataset, validation, spikes, controls, heartbeat, guard)
+    return Run(plan, world, engine, TrainState(), log, stop, stream, validation, spikes, controls, heartbeat, guard)
 
 
 def _rehearse(run: Run) -> None:
@@ -169,14 +180,8 @@ def _read_weights(run: Run) -> None:
 def _run_steps(run: Run) -> None:
     plan, world = run.plan, run.world
     training, seed = plan.config.training, plan.config.run.seed
-    order = SampleOrder(run.dataset.num_samples, seed, run.plan.dataset.fingerprint)
     loader = StepLoader(
-        run.dataset,
-        order,
-        world,
-        training.global_batch_size,
-        training.micro_batch_size_per_gpu,
-        run.spikes.next_start,
+        run.stream, world, training.global_batch_size, training.micro_batch_size_per_gpu, run.spikes.next_start
     )
     meter, evidence = Meter(), plan.output_dir / "logs" / world.attempt
     left_out = LeftOutSteps(run.log, world, evidence, seed)
@@ -199,10 +204,10 @@ def _run_steps(run: Run) -> None:
             if meter.steps == 0:
                 run.log.event("first_step", step=run.state.step, loss=report.loss)
             meter.count(training.tokens_per_step)
-            samples = order.sample_ids(start, training.global_batch_size)
+            samples = run.stream.sample_ids(start, training.global_batch_size)
             left_out.check(report, run.state.step, run.last_committed, run.loss_scale, samples)
             if run.spikes.is_spike(report.loss) and _answer_spike(run, report, start, samples):
-                loader.forget()
+                loader.go_on(run.stream)
                 meter.restart()
                 continue
             last = run.state.step == plan.max_steps
@@ -320,7 +325,7 @@ def _log_step(run: Run, report: StepReport, meter: Meter) -> None:
 
 
 def _evaluate(run: Run) -> Evaluation | None:
-    if run.validation is None:
+    if not run.validation:
         return None
     micro_batch = run.plan.config.training.micro_batch_size_per_gpu
     limit = run.plan.config.logging.eval_samples
@@ -331,13 +336,21 @@ def _evaluate(run: Run) -> Evaluation | None:
         run.heartbeat.tick()
         return run.engine.evaluate(batch)
 
-    result = evaluate_split(batch_loss, run.validation, run.world, micro_batch, limit)
+    sets = {
+        name: evaluate_split(batch_loss, samples, run.world, micro_batch, limit)
+        for name, samples in run.validation.items()
+    }
+    result = pool(list(sets.values()))
+    told = result.as_dict()
+    if len(sets) > 1:
+        told["sets"] = {name: one.as_dict() for name, one in sets.items()}
+    bits = "" if math.isnan(result.bits_per_byte) else f"  bits per byte {result.bits_per_byte:.4f}"
+    each = "".join(f"  {name} {one.loss:.4f}" for name, one in sets.items()) if len(sets) > 1 else ""
     run.log.event(
         "evaluation",
-        f"step {run.state.step}  validation loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
-        f"bits per byte {result.bits_per_byte:.4f}",
+        f"step {run.state.step}  validation loss {result.loss:.4f}  perplexity {result.perplexity:.2f}{bits}{each}",
         step=run.state.step,
-        **result.as_dict(),
+        **told,
     )
-    record_evaluation(run, result.as_dict())
+    record_evaluation(run, told)
     return result

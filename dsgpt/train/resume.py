@@ -19,6 +19,7 @@ from dsgpt.errors import CheckpointError, ConfigError, DsgptError, LockedError, 
 from dsgpt.optimizer import learning_rate
 from dsgpt.train.changes import changed_keys
 from dsgpt.train.folder import versions
+from dsgpt.train.order import appended_text, continue_order, differences, first_segments
 from dsgpt.train.resolve import ResolvedRun
 from dsgpt.train.state import RunLog, TrainState
 from dsgpt.verdict import MAX_STARTS_WITHOUT_PROGRESS, read_verdict
@@ -179,8 +180,7 @@ def restore(run: Run, continuation: Continuation) -> None:
     reader = CheckpointReader(continuation.checkpoint)
     if continuation.forked:
         _list_fork(run, continuation.checkpoint, reader.manifest)
-    else:
-        _require_same_data(run, reader)
+    _continue_order(run, continuation, reader.manifest)
     _compare_versions(run, reader.manifest)
     load_state(run.engine, reader)
     if reader.manifest.get("loss_scale"):
@@ -204,39 +204,29 @@ def restore(run: Run, continuation: Continuation) -> None:
     run.log.supersede(run.state.step)
 
 
-def data_identity(run: Run) -> dict[str, Any]:
-    """What decides which samples a step has; saved with every checkpoint."""
-    return {
-        "fingerprint": run.plan.dataset.fingerprint,
-        "tokenizer_sha256": run.plan.dataset.tokenizer.sha256,
-        "num_samples": run.dataset.num_samples,
-        "seq_length": run.plan.config.training.seq_length,
-        "global_batch_size": run.plan.config.training.global_batch_size,
-        "document_mask": run.plan.config.data.document_mask,
-        "seed": run.plan.config.run.seed,
-    }
+def _continue_order(run: Run, continuation: Continuation, manifest: dict[str, Any]) -> None:
+    """Let the samples follow that the checkpoint's run goes through, and the sources appended to it; of a fork, its own.
 
-
-def _data_differences(run: Run, saved: dict[str, Any]) -> list[str]:
-    ours = data_identity(run)
-    return [f"{key}: checkpoint {saved.get(key)}, now {ours[key]}" for key in ours if saved.get(key) != ours[key]]
-
-
-def _require_same_data(run: Run, reader: CheckpointReader) -> None:
-    differences = _data_differences(run, reader.manifest["data"])
-    if differences:
-        raise CheckpointError(
-            "the samples would not be those the checkpoint's run goes through",
-            seen="; ".join(differences),
-            do=f"restore these, or continue on other data in another folder: model.init_from=fork:{reader.path}",
-        )
+    Raises CheckpointError where they would be others.
+    """
+    plan, path, consumed = run.plan, continuation.checkpoint, manifest["counters"]["consumed_samples"]
+    try:
+        segments, new = continue_order(manifest["data"], plan, consumed, str(path))
+    except CheckpointError:
+        if not continuation.forked:
+            raise
+        segments, new = first_segments(plan), []
+    if new:
+        told = {"first_sample": consumed, "sources": [str(one.path) for one in new], "slots": segments[-1].slots}
+        run.log.event("sources_appended", f"sources appended: {appended_text(new, segments)}", **told)
+    run.go_on(segments)
 
 
 def _list_fork(run: Run, checkpoint: Path, manifest: dict[str, Any]) -> None:
     """Say what differs from the run that is forked: its config where that lies beside it, and its data."""
     changed = changed_keys(checkpoint.parent.parent, run.plan)
     lines = [f"{key}: {before!r} -> {now!r}" for key, (before, now) in changed.items()]
-    lines += _data_differences(run, manifest["data"])
+    lines += differences(manifest["data"], run.plan)
     run.log.event("forked", f"differs from the forked run in: {'; '.join(lines) or 'nothing'}", differences=lines)
 
 

@@ -15,7 +15,7 @@ from dsgpt.checkpoint import retention
 from dsgpt.checkpoint.store import save_checkpoint
 from dsgpt.errors import SaveError
 from dsgpt.train.folder import versions
-from dsgpt.train.resume import data_identity
+from dsgpt.train.order import data_identity
 
 if TYPE_CHECKING:
     from dsgpt.train.loop import Run
@@ -103,7 +103,7 @@ def manifest(run: Run) -> dict[str, Any]:
         "learning_rate": run.learning_rate,
         "recent_losses": run.spikes.recent,
         "skipped_samples": run.spikes.skipped,
-        "data": data_identity(run),
+        "data": data_identity(run.plan, run.stream.segments),
         "model": run.plan.model.model_dump(mode="json"),
         "state_kinds": list(run.engine.state_kinds),
         "world_size": run.world.size,

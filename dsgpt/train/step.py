@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dsgpt.data.dataset import BlockDataset, SampleOrder, collate
+from dsgpt.data.dataset import SampleStream
+from dsgpt.data.mixture import MixtureStream
 from dsgpt.distributed import World
 from dsgpt.engine import Engine
 from dsgpt.evaluate import Batch, to_tensors
@@ -59,14 +60,13 @@ class StepLoader:
 
     def __init__(
         self,
-        dataset: BlockDataset,
-        order: SampleOrder,
+        stream: SampleStream | MixtureStream,
         world: World,
         global_batch: int,
         micro_batch: int,
         next_start: Callable[[int], int] = lambda sample: sample,
     ):
-        self.dataset, self.order, self.world = dataset, order, world
+        self.stream, self.world = stream, world
         self.global_batch, self.micro_batch, self.next_start = global_batch, micro_batch, next_start
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dsgpt-data")
         self._next: tuple[int, Future[list[dict[str, np.ndarray]]]] | None = None
@@ -79,14 +79,16 @@ class StepLoader:
         self._next = (following, self._pool.submit(self._read, following))
         return start, future.result()
 
-    def forget(self) -> None:
-        """Drop what was read ahead: the run goes on elsewhere."""
-        self._next = None
+    def go_on(self, stream: SampleStream | MixtureStream) -> None:
+        """Drop what was read ahead: the run goes on elsewhere, and from a checkpoint maybe in another order."""
+        self.stream, self._next = stream, None
 
     def _read(self, start: int) -> list[dict[str, np.ndarray]]:
-        ids = self.order.sample_ids(start, self.global_batch)
-        mine = ids.reshape(-1, self.world.size, self.micro_batch)[:, self.world.rank]
-        return [collate([self.dataset[int(i)] for i in micro_ids]) for micro_ids in mine]
+        positions = np.arange(start, start + self.global_batch)
+        mine = positions.reshape(-1, self.world.size, self.micro_batch)[:, self.world.rank]
+        whole = self.stream.read(mine.reshape(-1))
+        pieces = range(0, mine.size, self.micro_batch)
+        return [{name: rows[at : at + self.micro_batch] for name, rows in whole.items()} for at in pieces]
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

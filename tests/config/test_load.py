@@ -178,8 +178,15 @@ def test_a_key_in_the_wrong_section_is_told_its_place(minimal: Path) -> None:
         ("run.name=3", "text"),
         ("model.dropout.residual=1.0", "less than 1"),
         ("model=7", "section"),
-        ("data.train=[]", "0 datasets"),
-        ("data.train=[{path: a}, {path: b}]", "not supported yet"),
+        ("data.train=[]", "names no source"),
+        ("data.train=[{path: a}, {path: a, weight: 2}]", "names a source twice"),
+        ("data.train=[{path: a, epochs: 2}, {path: b}]", "contradict each other"),
+        ("data.train=[{path: a, epochs: 2, weight: 2}]", "contradict each other"),
+        ("data.train=[{path: a, epochs: 2}]", "whose length is training.num_epochs"),
+        ("data.train=[{path: a, weight: 0}]", "greater than 0"),
+        ("data.validation=[{path: x/v}, {path: y/v}]", "have the same name"),
+        ("data.validation=[{path: x/v}, {path: y/w, name: v}]", "have the same name"),
+        ("data.validation=[{path: x, name: a/b}]", "data.validation.0.name"),
         ("data.train.3.path=a", "must be a list"),
         ("model.num_key_value_heads=3", "must divide model.num_attention_heads"),
         ("model.head_dim=3", "even"),
@@ -204,6 +211,19 @@ def test_a_wrong_value_is_refused_with_its_reason(minimal: Path, override: str, 
     problems = problems_of([minimal], [override])
     assert expected in "\n".join(problems)
     assert len(problems) == 1
+
+
+def test_epochs_of_a_mixture_are_those_of_its_sources(minimal: Path) -> None:
+    in_epochs = ["training.max_steps=null", "training.num_epochs=1"]
+    refused = problems_of([minimal], [*in_epochs, "data.train=[{path: a}, {path: b}]"])
+    assert len(refused) == 1 and "says nothing about each of them" in refused[0]
+    passes = "data.train=[{path: a, epochs: 2}, {path: b, epochs: 0.5}]"
+    refused = problems_of([minimal], [*in_epochs, passes, "data.append_sources=true"])
+    assert len(refused) == 1 and "cannot be appended" in refused[0]
+    loaded = load_config([minimal], [*in_epochs, passes])
+    assert [entry.epochs for entry in loaded.config.data.train] == [2, 0.5] and not loaded.warnings
+    mixed = load_config([minimal], ["data.train=[{path: a, weight: 3}, {path: b}]", "data.append_sources=true"])
+    assert [entry.weight for entry in mixed.config.data.train] == [3, 1] and not mixed.warnings
 
 
 def test_fp16_on_a_cpu_is_refused(minimal: Path) -> None:

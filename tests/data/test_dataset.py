@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dsgpt.data.dataset import IGNORED, BlockDataset, SampleOrder, collate
+from dsgpt.data import dataset as dataset_module
+from dsgpt.data.dataset import IGNORED, BlockDataset, SampleOrder, SampleStream, collate
 from dsgpt.data.indexed import IndexedWriter
 from dsgpt.data.manifest import (
     BadLines,
@@ -24,7 +26,7 @@ from dsgpt.errors import DataError
 
 def make(folder: Path, shards: list[list[list[int]]]) -> list[list[int]]:
     """A dataset of the given shards of documents; returns the documents."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     written = []
     for number, documents in enumerate(shards):
         writer = IndexedWriter(folder / f"train-{number}", "uint16")
@@ -119,6 +121,59 @@ def test_collate_stacks_blocks(tmp_path: Path) -> None:
     batch = collate([dataset[3], dataset[0]])
     assert sorted(batch) == ["document_ids", "input_ids", "labels", "position_ids"]
     assert batch["input_ids"].tolist() == [list(range(24, 32)), list(range(8))]
+
+
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("seq_length", [1, 7, 64])
+def test_a_batch_is_its_samples_under_each_other(
+    tmp_path: Path, random_shards: list[list[list[int]]], seq_length: int, mask: bool
+) -> None:
+    """Any samples in any order, with repetitions, over the edges of shards."""
+    make(tmp_path / "d", random_shards)
+    dataset = BlockDataset(tmp_path / "d", "train", seq_length, mask)
+    ids = np.random.default_rng(3).integers(0, len(dataset), 200)
+    batch, expected = dataset.read(ids), collate([dataset[int(i)] for i in ids])
+    for name, array in expected.items():
+        assert np.array_equal(batch[name], array) and batch[name].dtype == array.dtype
+    with pytest.raises(IndexError, match=f"sample {len(dataset)} of"):
+        dataset.read(np.array([0, len(dataset)]))
+
+
+@pytest.mark.parametrize("seq_length", [1, 7, 64])
+def test_each_epoch_of_a_run_has_every_token_once(
+    tmp_path: Path, random_shards: list[list[list[int]]], seq_length: int
+) -> None:
+    documents = make(tmp_path / "d", random_shards)
+    stream = [token for document in documents for token in document]
+    samples = SampleStream.of(BlockDataset(tmp_path / "d", "train", seq_length), seed=5)
+    size, orders = samples.num_samples, set()
+    for epoch in range(3):
+        ids = samples.read(np.arange(epoch * size, (epoch + 1) * size))["input_ids"]
+        assert sorted(ids.ravel().tolist()) == sorted(stream[: size * seq_length])
+        orders.add(tuple(ids[:, 0].tolist()))
+    assert len(orders) == 3, "every epoch has an order of its own"
+
+
+def test_more_shards_than_may_be_open_at_once_are_read_all_the_same(
+    tmp_path: Path, random_shards: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = make(tmp_path / "d", random_shards)
+    monkeypatch.setattr(dataset_module, "_MOST_OPEN", 2)
+    dataset = BlockDataset(tmp_path / "d", "train", 7)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for i in np.random.default_rng(0).permutation(len(dataset)).tolist():
+        assert dataset[i].input_ids[0] == i * 7  # all tokens are different, and ascend
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before + 4
+    assert len(documents) > 5
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    make(tmp_path / "d", [[list(range(5000))]])
+    dataset = BlockDataset(tmp_path / "d", "train", 8)
+    assert dataset[0].input_ids[0] == 0
+    os.truncate(tmp_path / "d" / "train-0.bin", 100)
+    with pytest.raises(DataError, match=r"damaged(.|\n)*ends at byte"):
+        dataset[600]
 
 
 def test_the_fingerprint_tells_samples_apart(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_a_dry_run_shows_everything_resolved_without_torch_and_starts_nothing(wr
         ("model.vocab_size=100", 78, "vocabulary is smaller than the tokenizer's"),
         ("data.train=[{path: nowhere}]", 65, "holds no finished dataset"),
         ("training.global_batch_size=4000", 65, "smaller than one global batch"),
-        ("training.seq_length=100000", 65, "smaller than one global batch"),
+        ("training.seq_length=100000", 65, "too short for one sequence"),
         ("device=cuda", 78, "there is no GPU here"),
         ("deepspeed=zero9", 78, "zero3"),
     ],

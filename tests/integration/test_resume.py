@@ -60,7 +60,7 @@ def test_a_run_stopped_twice_equals_an_uninterrupted_one_bit_for_bit(write_run, 
     stopped = write_run("stopped", **{"training.max_steps": steps, "deepspeed": stage})
     plan = resolve_run(load_config([straight]).config, world_size=2, device="cpu")
     assert plan.gradient_accumulation_steps == 2
-    assert plan.num_samples % 16 and plan.num_samples / 16 < 13, (
+    assert plan.data.samples_per_epoch % 16 and plan.data.samples_per_epoch / 16 < 13, (
         "every part must cross the edge of an epoch, inside a step"
     )
 

@@ -137,5 +137,5 @@ def expected_ids(yaml, step):
     from dsgpt.train.resolve import resolve_run
 
     plan = resolve_run(load_config([yaml]).config, world_size=2, device="cpu")
-    order = SampleOrder(plan.num_samples, 5, plan.dataset.fingerprint)
+    order = SampleOrder(plan.data.train[0].num_samples, 5, plan.data.train[0].fingerprint)
     return [int(i) for i in order.sample_ids(step * 16, 16)]
