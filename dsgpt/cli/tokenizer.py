@@ -33,7 +33,9 @@ def tokenizer() -> None:
     help="Text drawn uniformly from the inputs to train on.",
 )
 @click.option("--seed", type=int, default=1234, show_default=True, help="Decides which text is drawn.")
-@click.option("--text-field", default="text", show_default=True, help="Field of a .jsonl record that holds the text.")
+@click.option(
+    "--text-field", default="text", show_default=True, help="Field of a record that holds the text, or a template."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def train(
     inputs: tuple[str, ...],
@@ -45,7 +47,7 @@ def train(
     text_field: str,
     as_json: bool,
 ) -> None:
-    """Train a tokenizer on INPUT: files, folders and globs of .txt and .jsonl."""
+    """Train a tokenizer on INPUT: files, folders, globs and hf:NAME, as `dsgpt data prepare` reads them."""
     import json
     from typing import cast
 
