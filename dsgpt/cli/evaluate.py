@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -48,7 +49,8 @@ def evaluate(
         return
     click.echo(f"loss           {result.loss:.4f} nats per token")
     click.echo(f"perplexity     {result.perplexity:.3f}")
-    click.echo(f"bits per byte  {result.bits_per_byte:.4f}")
+    if not math.isnan(result.bits_per_byte):  # chats, and files that do not say how much text they hold, have none
+        click.echo(f"bits per byte  {result.bits_per_byte:.4f}")
     click.echo(f"tokens         {result.tokens}")
 
 
