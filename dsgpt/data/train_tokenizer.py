@@ -121,7 +121,8 @@ def _size_of(path: str) -> int:
 
 def _holds_its_size(path: str) -> bool:
     """Whether a file holds about as much text as it has bytes."""
-    return not path.startswith(HUB) and kind_of(path) in ((kind, "") for kind in COMPRESSIBLE)
+    kind, packed = kind_of(path) or ("", "")
+    return not path.startswith(HUB) and kind in COMPRESSIBLE and not packed
 
 
 def _all_texts(paths: list[str], sizes: list[int], reading: Reading) -> Iterator[str | None]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
+import re
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from click.testing import CliRunner
 
@@ -67,6 +71,82 @@ def test_files_that_are_read_from_the_front_are_sampled_from_everywhere_too(corp
     assert len(set(numbers)) == len(numbers) and min(numbers) < 50_000 < max(numbers)
     assert any(line.startswith("b.jsonl") for line in lines)
     assert record == draw_sample(packed, 3 * size // 4, seed=1, text_field="text")[1]
+
+
+def numbered(name: str, count: int) -> list[str]:
+    return [f"{name} {i:08d} of a text" for i in range(count)]
+
+
+def shares(texts: list[str], count: int, parts: int = 10) -> list[float]:
+    """Which share of the sampled lines stands in each tenth of the file."""
+    whole = re.compile(r"^line (\d{8}) of a text$", re.MULTILINE)
+    found = [int(number) for text in texts for number in whole.findall(text)]
+    assert len(set(found)) == len(found)
+    return [sum(part == number * parts // count for number in found) / len(found) for part in range(parts)]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
+def test_every_tenth_of_a_file_is_drawn_alike_and_to_the_bound(name: str, tmp_path: Path) -> None:
+    lines = numbered("line", 200_000)
+    path = tmp_path / name
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": lines}), path, row_group_size=25_000, compression="none")
+    else:
+        records = name.startswith("a.jsonl")
+        content = "\n".join(f'{{"text": "{line}"}}' if records else line for line in ["text", *lines]) + "\n"
+        path.write_bytes(gzip.compress(content.encode(), 1) if name.endswith("gz") else content.encode())
+    texts, record = draw_sample([str(path)], 1_500_000, seed=3, text_field="text")
+    # Of 23 blocks two or three are expected in a tenth; that nine or more come is less likely than one in a thousand.
+    assert max(shares(texts, len(lines))) < 9 / 23
+    assert sum(share > 0 for share in shares(texts, len(lines))) >= 7
+    assert 1_200_000 < record["bytes"] < 1_500_000 + 65536
+    assert record["bytes"] == sum(len(text.encode()) for text in texts)
+
+
+def test_a_small_packed_file_that_holds_much_is_drawn_from_and_not_cut_off(tmp_path: Path) -> None:
+    lines = numbered("line", 400_000)
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(lzma.compress("\n".join(lines).encode(), preset=0))
+    assert path.stat().st_size < 1_000_000
+    texts, record = draw_sample([str(path)], 1_000_000, seed=3, text_field="text")
+    assert 900_000 < record["bytes"] < 1_000_000 + 65536
+    assert max(shares(texts, len(lines))) < 8 / 15 and record["drawn"] != "all"
+
+
+def bytes_read() -> int:
+    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counters["rchar"])
+
+
+@pytest.mark.parametrize("character", ["x", "漢"])
+def test_a_text_without_lines_is_drawn_from_everywhere_and_not_read_whole(character: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    word = character * 9
+    path.write_text(" ".join(f"{word}{i:07d}" for i in range(2_000_000)), "utf-8")
+    size, before = path.stat().st_size, bytes_read()
+    texts, record = draw_sample([str(path)], 1_000_000, seed=1, text_field="text")
+    # open() reads a megabyte ahead, for each of 16 blocks.
+    assert bytes_read() - before < 17 * (1 << 20) < size
+    assert record["bad_lines"] == 0 and 1_000_000 <= record["bytes"] < 1_070_000
+    numbers = [int(item[9:]) for text in texts for item in text.split()[1:-1]]
+    assert len(set(numbers)) == len(numbers)
+    assert min(numbers) < 500_000 and max(numbers) > 1_500_000
+    assert set("".join(texts)) == {character, " ", *"0123456789"}
+
+
+def test_the_order_of_the_inputs_changes_nothing_and_they_are_on_record(tmp_path: Path) -> None:
+    text = "".join(path.read_text("utf-8") for path in python_sources(30))
+    names = [tmp_path / f"{name}.txt" for name in "abc"]
+    for i, name in enumerate(names):
+        name.write_text(text[i::2], "utf-8")
+    for number, order in enumerate((names, names[::-1], [tmp_path / "*.txt"])):
+        train_tokenizer(order, 300, tmp_path / f"out{number}", kind="hf-bpe", sample_bytes=100_000)
+    first, *others = ((tmp_path / f"out{i}" / "tokenizer_training.json").read_text() for i in range(3))
+    assert others == [first, first]
+    record = json.loads(first)
+    assert record["sources"] == [{"path": str(name), "bytes": name.stat().st_size} for name in names]
+    assert record["sample"]["corpus_bytes"] == sum(name.stat().st_size for name in names)
+    assert record["sample"]["bytes"] < record["sample"]["corpus_bytes"] and record["sample"]["seed"] == 1234
 
 
 def test_bad_lines_are_counted_and_no_text_at_all_is_an_error(tmp_path: Path) -> None:
