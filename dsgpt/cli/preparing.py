@@ -97,7 +97,8 @@ def print_counts(folder: Path, manifest: DatasetManifest) -> None:
     if manifest.empty_documents:
         click.echo(f"  {manifest.empty_documents:,} records without text were left out")
     for name, number in manifest.left_out.items():
-        click.echo(f"  {number:,} documents were left out by {name}")
+        what = "were truncated" if name == "truncated" else f"were left out: {name}"
+        click.echo(f"  {number:,} documents {what}")
     if manifest.duplicates:
         click.echo(f"  {manifest.duplicates:,} documents were left out because they equal an earlier one")
     if manifest.special_in_text:

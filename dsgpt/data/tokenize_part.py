@@ -43,7 +43,7 @@ from dsgpt.data.parts import (
 from dsgpt.data.sources import BadLine, Document, LargeDocument, Piece, first_line_of, read_documents
 from dsgpt.data.workers import count
 from dsgpt.errors import DataError
-from dsgpt.tokenizer.encoder import Encoder, enclose_flat
+from dsgpt.tokenizer.encoder import Encoder, EngineError, enclose_flat
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
 _REPORT_EVERY_BYTES = 256 << 10
@@ -63,7 +63,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """The engine's ids are not the reference's."""
+    """The engine's ids are not the reference's, or it broke down."""
 
     reason: str
 
@@ -184,6 +184,13 @@ def tokenize_part(part: Part, job: Job, times: dict[str, int]) -> PartRecord | M
 
     `times` are those of the files' last change (ns). Raises DataError where a file is or becomes another one.
     """
+    try:
+        return _tokenize(part, job, times)
+    except EngineError as error:
+        return Mismatch(f"part {part.number}, {part.pieces[0].path} and on: {error}")
+
+
+def _tokenize(part: Part, job: Job, times: dict[str, int]) -> PartRecord | Mismatch:
     encoder = load_encoder(str(job.folder / TOKENIZER), job.engine)
     repeated = read_duplicates(job.folder / STATE, part.number) if job.settings.deduplicate else None
     reader = _Reader(part, job.settings, bad_lines_path(job.folder, part.number))

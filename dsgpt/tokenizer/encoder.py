@@ -45,6 +45,10 @@ _PROBE = (
 )
 
 
+class EngineError(Exception):
+    """The fast engine broke down over a text."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """Where an engine first differs from the reference: which document, which token of it, and a few ids from there."""
@@ -209,8 +213,13 @@ class _Gigatoken:
     def __call__(self, texts: Sequence[bytes]) -> tuple[Ids, Lengths]:
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
-        # Its threads would stand still in a forked process.
-        layout: Any = self._tokenizer.encode_batch(list(texts), parallel=False).layout
+        try:
+            # Its threads would stand still in a forked process.
+            layout: Any = self._tokenizer.encode_batch(list(texts), parallel=False).layout
+        except BaseException as error:  # a panic in its Rust part is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            raise EngineError(f"gigatoken failed: {(str(error) or repr(error)).splitlines()[0]}") from error
         offsets = layout.offsets.data
         return layout.content.data[offsets[0] : offsets[-1]], np.diff(offsets)
 

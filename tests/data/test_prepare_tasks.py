@@ -146,6 +146,31 @@ def test_one_difference_from_the_reference_and_it_does_all_of_the_job(
     assert honest.fingerprint == plain.fingerprint
 
 
+class Panic(BaseException):
+    """What a panic in a Rust library is to Python."""
+
+
+def test_an_engine_that_panics_over_a_text_is_replaced_for_all_of_the_job(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gigatoken = pytest.importorskip("gigatoken", reason="gigatoken is not installed")
+    encode_batch = gigatoken.Tokenizer.encode_batch
+
+    def panicking(self: Any, texts: list[bytes], **options: Any) -> Any:
+        if any(b"zebra" in text for text in texts):
+            raise Panic("index out of bounds")
+        return encode_batch(self, texts, **options)
+
+    source = tmp_path / "x.jsonl"
+    source.write_text("\n".join([row("a horse " * 90)] * 3000 + [row("a zebra")]))
+    plain = prepare([source], tokenizer_folder, tmp_path / "plain", engine="reference")
+    monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", panicking)
+    found = prepare([source], tokenizer_folder, tmp_path / "out")
+    assert found.engine is not None and found.engine.name.startswith("tokenizers ")
+    assert "gigatoken failed: index out of bounds" in found.engine.fallback
+    assert found.fingerprint == plain.fingerprint
+
+
 def test_equal_documents_are_left_out_whatever_the_tasks(tmp_path: Path, tokenizer_folder: Path) -> None:
     rng = random.Random(2)
     texts = [f"text number {rng.randrange(1500)} " * 90 for _ in range(3000)]
