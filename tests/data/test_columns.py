@@ -125,16 +125,16 @@ print(count, peak >> 10)
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
 def test_a_table_of_one_row_group_is_read_some_megabytes_at_once(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    num_rows = 20_000
+    num_rows = 40_000
     table = pa.table({"text": [chr(97 + i % 26) * 10_000 for i in range(num_rows)]})
     if name == "x.parquet":
         pq.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False)
     else:
         write_arrow(path, table, num_rows)
-    assert path.stat().st_size > 190 << 20
+    assert path.stat().st_size > 380 << 20
     done = subprocess.run([sys.executable, "-c", _PEAK, str(path)], capture_output=True, text=True, check=True)
     count, peak = map(int, done.stdout.split())
-    assert count == num_rows and peak < 170
+    assert count == num_rows and peak < 280  # read at once it would be more than the file
 
 
 def dataset(columns: dict[str, list[Any]]) -> Any:
