@@ -22,7 +22,11 @@ from dsgpt.cli.preparing import Numbers, ShardOf, Share, command_line, print_cou
     show_default=True,
     help="What the records are; auto looks at the first thousand.",
 )
-@click.option("--fields", metavar="TEXT,ANSWER", help="Of pairs and completions: the fields of text and answer.")
+@click.option(
+    "--fields",
+    metavar="TEXT,ANSWER",
+    help="Of pairs and completions: the fields of text and answer; without --format they mean pairs.",
+)
 @click.option("--instruction", default="", help="What is asked of each text of a pair, e.g. 'Summarise:'.")
 @click.option("--seq-length", type=click.IntRange(min=2), help="training.seq_length: what is longer is left out.")
 @click.option(
@@ -58,6 +62,7 @@ def prepare_chat(
     from dsgpt.data.chat import prepare_chat as run
     from dsgpt.data.choices import Share as Parts
     from dsgpt.data.choices import Unfinished
+    from dsgpt.data.packing import open_chat
 
     index, count = options.pop("shard") or (0, 1)
     share = Parts(index, count, options.pop("parts") or ())
@@ -69,7 +74,7 @@ def prepare_chat(
     choices = ChatChoices(
         workers=workers,
         share=share,
-        fields=pair,  # type: ignore[arg-type]
+        fields=pair,
         chat_template=None if template is None else template.read_text("utf-8"),
         command=command_line("prepare-chat"),
         **options,
@@ -85,4 +90,7 @@ def prepare_chat(
         for name, split in done.splits.items():
             learned = sum(shard.trained_tokens or 0 for shard in split.shards)
             click.echo(f"  {name:<10} loss on {learned:,} of {split.tokens:,} tokens ({learned / split.tokens:.0%})")
+            if choices.seq_length is not None:
+                rows = open_chat(output, name, choices.seq_length).packing
+                click.echo(f"  {'':<10} packed into {len(rows):,} rows that are {rows.utilisation:.1%} full")
         click.echo(f"next: dsgpt train RUN.yaml data.train='[{{path: {output}}}]'")

@@ -6,9 +6,11 @@
     output/    as of dsgpt.data.prepare, and for each shard a .mask: one byte for each token, 1 where it is learned from
 
 The same plan, parts and records as for text, so it goes on after a kill, is shared by tasks, and gives the same bytes for
-any number of them. A conversation is a document: it is never cut to fill a row (dsgpt.data.packing). What is left out is
-counted by reason in dataset.json, and named in bad_lines.jsonl where it could not be read. Trade-off: everything is encoded
-by the reference library, about a megabyte a second and process, because the mask needs to know where each token stands.
+any number of them. A conversation is a document: it is never cut to fill a row (dsgpt.data.packing). What is left out or
+truncated is counted by reason in dataset.json and named in bad_lines.jsonl, as is what cannot be read.
+
+Trade-off: everything is encoded by the reference library, about a megabyte a second and process, because the mask needs to
+know where each token stands.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import tokenizers
@@ -31,18 +34,17 @@ import tokenizers
 from dsgpt.data import manifest as manifests
 from dsgpt.data.chat_formats import BadRecord, Conversation, Format, detect, read_conversations
 from dsgpt.data.chat_template import ChatTemplate, Encoded, LossOn, Unusable
-from dsgpt.data.choices import Progress, Share, Unfinished
+from dsgpt.data.choices import Choices, Progress, Share, Unfinished
 from dsgpt.data.finish import missing_parts, write_dataset
-from dsgpt.data.indexed import IndexedReader, mask_path
+from dsgpt.data.indexed import mask_path
 from dsgpt.data.manifest import (
     DatasetManifest,
     EngineRecord,
     Shard,
     load_manifest,
-    write_bytes_durably,
     write_durably,
 )
-from dsgpt.data.packing import PackedSamples, pack
+from dsgpt.data.packing import open_chat
 from dsgpt.data.parts import STATE, TOKENIZER, TRAIN, VALIDATION, Part, PartRecord, bad_lines_path, record_path
 from dsgpt.data.plan import Plan, adopt_plan
 from dsgpt.data.prepare import already_there, kept, locked, plan_sources, run_parts
@@ -51,6 +53,8 @@ from dsgpt.data.tokenize_part import BadLineFile, Outputs, Tally, check_times, s
 from dsgpt.data.workers import Pool
 from dsgpt.errors import ConfigError, DataError
 from dsgpt.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["ChatChoices", "ChatJob", "encode_part", "open_chat", "prepare_chat"]
 
 TooLong = Literal["drop", "truncate", "refuse"]
 _DETECTED_FROM = 1000
@@ -62,7 +66,7 @@ class ChatChoices:
     """How to prepare conversations.
 
     format            a name of dsgpt.data.chat_formats.NAMES, or "auto": told from the first thousand records
-    fields            of pairs and completions: the names of text and answer
+    fields            of pairs and completions: the names of text and answer; with "auto" they mean pairs
     instruction       put before the text of a pair
     loss_on           "assistant": what assistants say, and what records say of messages; "all": everything
     chat_template     text of a Jinja template, instead of the tokenizer's
@@ -84,26 +88,43 @@ class ChatChoices:
     share: Share = field(default_factory=Share)
     command: tuple[str, ...] = ("dsgpt", "data", "prepare-chat")
 
-    def recorded(self, form: Format) -> dict[str, Any]:
+    def __post_init__(self) -> None:
+        Choices(validation=self.validation, max_bad_fraction=self.max_bad_fraction, workers=self.workers)
+        if self.seq_length is not None and self.seq_length < 2:
+            raise ConfigError("seq_length is too small", seen=str(self.seq_length), do="give the one of training")
+        for name, kind in (("loss_on", LossOn), ("too_long", TooLong)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise ConfigError(f"{name} is not known", seen=repr(value), do=f"one of {', '.join(get_args(kind))}")
+
+    @property
+    def named_format(self) -> Format | None:
+        """The format where it need not be told from the records."""
+        if self.format == "auto" and self.fields:
+            return Format(
+                "pairs", self.fields, self.instruction, f"pairs ({self.fields[0]} -> {self.fields[1]}), as named"
+            )
+        return None if self.format == "auto" else Format(self.format, self.fields, self.instruction)
+
+    def recorded(self, form: Format, template: str) -> dict[str, Any]:
         """What shaped the data, for dataset.json."""
-        template = None if self.chat_template is None else hashlib.sha256(self.chat_template.encode()).hexdigest()
         names = ("loss_on", "seq_length", "too_long", "validation")
         chosen = {name: getattr(self, name) for name in names}
         fields = None if form.fields is None else list(form.fields)
-        chosen |= {"format": form.name, "fields": fields, "instruction": form.instruction, "chat_template": template}
-        return chosen
+        chosen |= {"format": form.name, "fields": fields, "instruction": form.instruction}
+        return chosen | {"chat_template": hashlib.sha256(template.encode()).hexdigest()}
 
 
 @dataclass(frozen=True)
 class ChatJob:
-    """What all parts have in common."""
+    """What all parts have in common. `tokenizer` is its hash, `chat_template` the text."""
 
     folder: Path
     dtype: str
     engine: str
     form: Format
     loss_on: LossOn
-    chat_template: str | None
+    tokenizer: str
+    chat_template: str
     limit: int | None
     too_long: TooLong
     validation: float
@@ -122,29 +143,24 @@ def prepare_chat(
     Raises as dsgpt.data.prepare.prepare, and DataError where the format cannot be told or a template is none.
     """
     choices = choices or ChatChoices()
-    if choices.seq_length is not None and choices.seq_length < 2:
-        raise ConfigError("seq_length is too small", seen=str(choices.seq_length), do="give the one of training")
+    form = choices.named_format
+    engine = f"tokenizers {tokenizers.__version__}"
     folder = Path(output)
     loaded = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
+    template = ChatTemplate(loaded, choices.chat_template)
     with locked(folder, alone=choices.share.is_all), Pool(choices.workers) as pool:
         paths = find_sources(inputs, exclude=output, spool=folder / STATE if choices.share.is_all else None)
         sources = plan_sources(paths)
-        form = (
-            Format(choices.format, choices.fields, choices.instruction)
-            if choices.format != "auto"
-            else _detect(sources)
-        )
-        if choices.format == "auto" and (choices.fields or choices.instruction):
-            form = Format(form.name, choices.fields or form.fields, choices.instruction, form.verdict)
+        form = form or replace(_detect(sources), instruction=choices.instruction)
         announce(f"format: {form.verdict or form.name}")
-        announce(f"chat template: {ChatTemplate(loaded, choices.chat_template).source}; loss on: {choices.loss_on}")
+        announce(f"chat template: {template.source}; loss on: {choices.loss_on}")
         plan = Plan(
             format_version=manifests.FORMAT_VERSION,
             sources=sources,
             tokenizer=(loaded.sha256, loaded.bos_id, loaded.eos_id),
             vocab_size=loaded.vocab_size,
-            settings=choices.recorded(form),
-            engine=EngineRecord(name=f"tokenizers {tokenizers.__version__}", fallback=_WHY_REFERENCE),
+            settings=choices.recorded(form, template.text),
+            engine=EngineRecord(name=engine, fallback=_WHY_REFERENCE),
             max_bad_fraction=choices.max_bad_fraction,
             command=list(choices.command),
             kind="chat",
@@ -152,17 +168,44 @@ def prepare_chat(
         if (folder / manifests.FILE_NAME).exists():
             return already_there(folder, plan, report)
         plan = adopt_plan(folder, plan, loaded)
+        if plan.engine.name != engine:
+            raise DataError(
+                "the conversations would be encoded by another library than the rest of this dataset",
+                seen=f"here {engine}, the rest by {plan.engine.name}",
+                do="install the same version of tokenizers, or delete the output folder to begin anew",
+            )
         limit = None if choices.seq_length is None else choices.seq_length + 1
         job = ChatJob(
-            folder, plan.dtype, plan.engine.name, form, choices.loss_on, choices.chat_template, limit, choices.too_long,
-            choices.validation,
+            folder, plan.dtype, plan.engine.name, form, choices.loss_on, loaded.sha256, template.text, limit,
+            choices.too_long, choices.validation,
         )  # fmt: skip
-        mine = [part for part in plan.parts if choices.share.takes(part)]
-        run_parts(encode_part, job, folder, plan, mine, plan.engine, pool, report)
-        if missing := missing_parts(folder, plan):
-            return Unfinished(tuple(missing), plan.command_for(missing))
-        with kept(folder, len(plan.parts)):
-            return write_dataset(folder, plan)
+        try:
+            _keep_template(folder, template)
+            return _work(job, plan, choices.share, pool, report)
+        except FileNotFoundError as error:
+            # Another task, which had been given the same parts, has finished the dataset meanwhile.
+            with suppress(DataError):
+                return load_manifest(folder)
+            do = "put it back, and run the same command again"
+            raise DataError("a file went away while it was needed", seen=str(error), do=do) from error
+
+
+def _keep_template(folder: Path, template: ChatTemplate) -> None:
+    """A model that is trained on this is talked to by the same template, so it goes with the tokenizer."""
+    made = folder / STATE / f"chat_template.{socket.gethostname()}.{os.getpid()}.tmp"
+    write_durably(made, template.text)
+    os.replace(made, folder / TOKENIZER / "chat_template.jinja")
+
+
+def _work(
+    job: ChatJob, plan: Plan, share: Share, pool: Pool, report: Callable[[Progress], None]
+) -> DatasetManifest | Unfinished:
+    mine = [part for part in plan.parts if share.takes(part)]
+    run_parts(encode_part, job, job.folder, plan, mine, plan.engine, pool, report)
+    if missing := missing_parts(job.folder, plan):
+        return Unfinished(tuple(missing), plan.command_for(missing))
+    with kept(job.folder, len(plan.parts)):
+        return write_dataset(job.folder, plan)
 
 
 def _detect(sources: Sequence[Any]) -> Format:
@@ -186,14 +229,14 @@ class _Chat:
 
 def encode_part(part: Part, job: ChatJob, times: dict[str, int]) -> PartRecord:
     """Encode one part into shards and masks; its record is on disk when this returns. As tokenize_part."""
-    template = _template(str(job.folder / TOKENIZER), job.chat_template)
+    template = _template(str(job.folder / TOKENIZER), job.tokenizer, job.chat_template)
     left_out: Counter[str] = Counter()
     records = num_bad = special = 0
     tally, content = Tally(part.num_bytes), hashlib.sha256()
-    masks: dict[str, list[np.ndarray]] = {TRAIN: [], VALIDATION: []}
     with (
         BadLineFile(bad_lines_path(job.folder, part.number)) as bad_lines,
         Outputs(job.folder, part.number, job.dtype) as outputs,
+        Masks(job.folder, part.number) as masks,
     ):
         for piece, line, found in _chats(part, template, job):
             records += 1
@@ -209,12 +252,12 @@ def encode_part(part: Part, job: ChatJob, times: dict[str, int]) -> PartRecord:
                     continue
             split = VALIDATION if found.share < job.validation else TRAIN
             outputs.add(split, ids, np.array([len(ids)]), found.size)
-            masks[split].append(learned)
+            masks.add(split, learned)
             special += found.encoded.special_in_text
             content.update(ids.tobytes())
             tally.add(num_bytes=found.size, documents=1, tokens=len(ids))
         tally.close(num_bad)
-    shards = {split: _with_mask(job.folder, shard, masks[split]) for split, shard in outputs.shards.items()}
+    shards = {split: masks.on(split, shard) for split, shard in outputs.shards.items()}
     record = PartRecord(
         number=part.number,
         engine=job.engine,
@@ -233,7 +276,8 @@ def encode_part(part: Part, job: ChatJob, times: dict[str, int]) -> PartRecord:
 
 
 @lru_cache(maxsize=1)
-def _template(folder: str, template: str | None) -> ChatTemplate:
+def _template(folder: str, sha256: str, template: str) -> ChatTemplate:
+    """`sha256` is that of the tokenizer: another one may have been put into the same folder."""
     return ChatTemplate(Tokenizer.load(folder), template)
 
 
@@ -245,22 +289,24 @@ def _chats(part: Part, template: ChatTemplate, job: ChatJob) -> Iterator[tuple[P
                 yield piece, item.line, item
                 continue
             line, record = item
-            found = next(read_conversations([record], job.form))
-            if isinstance(found, BadRecord):
-                yield piece, line, BadLine(line, found.reason, found.excerpt)
-                continue
             try:
-                yield piece, line, _encoded(found, template, job)
+                found = next(read_conversations([record], job.form))
+                if isinstance(found, BadRecord):
+                    yield piece, line, BadLine(line, found.reason, found.excerpt)
+                else:
+                    yield piece, line, _encoded(found, template, job)
             except Unusable as error:
                 excerpt = json.dumps(record, ensure_ascii=False, default=str)[:200]
                 yield piece, line, BadLine(line, str(error), excerpt)
+            except RecursionError:
+                yield piece, line, BadLine(line, "it is nested too deeply", "")
 
 
 def _encoded(chat: Conversation, template: ChatTemplate, job: ChatJob) -> _Chat:
     encoded = template.encode(chat.messages, chat.tools, job.loss_on)
-    utf8 = json.dumps([chat.messages, chat.tools], ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
+    text = json.dumps([chat.messages, chat.tools], ensure_ascii=False, sort_keys=True, default=str)
     size = sum(len(str(message.get("content") or "").encode("utf-8", "surrogatepass")) for message in chat.messages)
-    return _Chat(encoded, size, share_of(utf8))
+    return _Chat(encoded, size, share_of(text.encode("utf-8", "surrogatepass")))
 
 
 def _reason(encoded: Encoded, learned: np.ndarray, job: ChatJob) -> str:
@@ -280,59 +326,41 @@ def _reason(encoded: Encoded, learned: np.ndarray, job: ChatJob) -> str:
     return "truncated" if learned[1:].any() else "nothing to learn from once it is truncated"
 
 
-def _with_mask(folder: Path, shard: Shard, masks: list[np.ndarray]) -> Shard:
-    """Write a shard's mask durably; the shard with its hash."""
-    raw = np.concatenate(masks).astype(np.uint8).tobytes()
-    made = folder / STATE / f"{shard.path}.mask.{socket.gethostname()}.{os.getpid()}.tmp"
-    write_bytes_durably(made, raw)
-    os.replace(made, mask_path(folder / shard.path))
-    return shard.model_copy(update={"sha256_mask": hashlib.sha256(raw).hexdigest(), "trained_tokens": sum(raw)})
+class Masks:
+    """Writes the masks of a part as they come; they have their names when the block is left without an error."""
 
+    def __init__(self, folder: Path, number: int):
+        self._folder, self._number = folder, number
+        self._files: dict[str, BinaryIO] = {}
+        self._hashes = {split: hashlib.sha256() for split in (TRAIN, VALIDATION)}
+        self._trained = dict.fromkeys((TRAIN, VALIDATION), 0)
 
-class _Joined:
-    """Arrays one after another, of which slices are taken that lie in one of them; a map is not copied."""
+    def add(self, split: str, learned: np.ndarray) -> None:
+        if split not in self._files:
+            self._files[split] = open(self._temporary(split), "wb", buffering=1 << 20)  # noqa: SIM115 (until __exit__)
+        raw = learned.astype(np.uint8).tobytes()
+        self._files[split].write(raw)
+        self._hashes[split].update(raw)
+        self._trained[split] += int(np.count_nonzero(learned))
 
-    def __init__(self, arrays: Sequence[np.ndarray]):
-        self._arrays = arrays
-        self._edges = np.cumsum([0, *map(len, arrays)])
+    def on(self, split: str, shard: Shard) -> Shard:
+        """The shard, with what is known of its mask."""
+        mask = {"sha256_mask": self._hashes[split].hexdigest(), "trained_tokens": self._trained[split]}
+        return shard.model_copy(update=mask)
 
-    def __len__(self) -> int:
-        return int(self._edges[-1])
+    def _temporary(self, split: str) -> Path:
+        return self._folder / STATE / f"{split}-{self._number:05d}.mask.{socket.gethostname()}.{os.getpid()}.tmp"
 
-    def __getitem__(self, cut: slice) -> np.ndarray:
-        number = int(np.searchsorted(self._edges, cut.start, side="right")) - 1
-        first = int(self._edges[number])
-        return self._arrays[number][cut.start - first : cut.stop - first]
+    def __enter__(self) -> Masks:
+        return self
 
-
-def open_chat(folder: str | Path, split: str, seq_length: int) -> PackedSamples:
-    """The packed rows of a split, as blocks of seq_length positions.
-
-    Memory is 12 bytes for each conversation; ids and masks are mapped. Packing takes about a second for a million of them,
-    and is the same on every rank. Raises DataError where the split is missing or damaged, and for a conversation longer
-    than seq_length + 1.
-    """
-    manifest = load_manifest(folder)
-    root = Path(folder)
-    if split not in manifest.splits:
-        raise DataError(f"the dataset has no split {split!r}", seen=f"it has: {', '.join(manifest.splits)}")
-    readers, masks = [], []
-    for shard in manifest.splits[split].shards:
-        reader = IndexedReader(root / shard.path)
-        try:
-            mask = np.memmap(mask_path(root / shard.path), np.uint8, mode="r")
-        except (OSError, ValueError) as error:
-            do = f"run: dsgpt data verify {folder}"
-            raise DataError(
-                "a loss mask cannot be read", seen=f"{mask_path(root / shard.path)}: {error}", do=do
-            ) from error
-        if (reader.num_documents, len(reader.tokens), len(mask)) != (shard.documents, shard.tokens, shard.tokens):
-            do = f"run: dsgpt data verify {folder}"
-            raise DataError("a shard does not hold what dataset.json says", seen=str(root / shard.path), do=do)
-        readers.append(reader)
-        masks.append(mask)
-    lengths = np.concatenate([np.asarray(reader.lengths, np.int64) for reader in readers])
-    edges = np.concatenate(([0], np.cumsum(lengths)))
-    packing = pack(lengths, seq_length + 1)
-    ids = _Joined([reader.tokens for reader in readers])
-    return PackedSamples(ids, edges, _Joined(masks), packing, f"{manifest.fingerprint} {split}")
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for split, file in self._files.items():
+            with file:
+                if kind is None:
+                    file.flush()
+                    os.fsync(file.fileno())
+            if kind is None:
+                os.replace(self._temporary(split), mask_path(self._folder / f"{split}-{self._number:05d}"))
+            else:
+                self._temporary(split).unlink()

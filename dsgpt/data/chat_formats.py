@@ -58,6 +58,11 @@ class Format:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ConfigError("there is no such chat format", seen=repr(self.name), do=f"one of {', '.join(NAMES)}")
+        if self.fields and self.name not in ("completion", "pairs"):
+            raise ConfigError("fields are those of pairs and completions", seen=self.name, do="leave them out")
+        if self.instruction and self.name != "pairs":
+            do = "leave it out, or write it into the records"
+            raise ConfigError("an instruction is put before the text of pairs alone", seen=self.name, do=do)
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ def _from_sharegpt(record: Mapping[str, Any], form: Format) -> tuple[list[dict[s
         if role in _CALLS:
             calls = _parsed(content, f"message {i} is a {role} whose value is not JSON")
             calls = calls if isinstance(calls, list) else [calls]
-            rest, role, content = {**rest, "tool_calls": [{"function": call} for call in calls]}, "assistant", ""
+            rest, role, content = {**rest, "tool_calls": [{"function": call} for call in calls]}, "assistant", None
         messages.append(_message({**rest, "role": role, "content": content}, i))
     return messages, _tools(record)
 
@@ -200,19 +205,25 @@ def _message(raw: Any, i: int) -> dict[str, Any]:
     role = _ALIASES.get(raw["role"]) if isinstance(raw.get("role"), str) else None
     if role is None:
         raise _Bad(f"message {i} has the unknown role {raw.get('role')!r}")
-    rest = {key: value for key, value in raw.items() if key not in ("role", "content", "weight", "train")}
-    message = {"role": role, "content": _content(raw.get("content"), i), **rest, "train": _trained(raw, role, i)}
+    # Tables have a null for every field that any message has; to a template, a field that is there says something.
+    rest = {
+        key: one for key, one in raw.items() if one is not None and key not in ("role", "content", "weight", "train")
+    }
+    content = _content(raw.get("content"), i)
+    message = {"role": role, "content": content, **rest, "train": _trained(raw, role, i)}
     if raw.get("tool_calls"):
         message["tool_calls"] = [_call(one, i) for one in _list(raw, "tool_calls")]
     elif raw.get("function_call"):
         message["tool_calls"] = [_call({"function": message.pop("function_call")}, i)]
+    if content is None and "tool_calls" not in message:
+        message["content"] = ""
     return message
 
 
-def _content(content: Any, i: int) -> str:
-    """A text, or OpenAI's list of parts where all of them are text."""
+def _content(content: Any, i: int) -> str | None:
+    """A text, or OpenAI's list of parts where all of them are text. None stays: some templates tell calls by it."""
     if content is None:
-        return ""
+        return None
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
@@ -242,6 +253,8 @@ def _call(raw: Any, i: int) -> dict[str, Any]:
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         arguments = _parsed(arguments, f"message {i} calls {function['name']} with arguments that are not JSON")
+    if not isinstance(arguments, Mapping):
+        raise _Bad(f"message {i} calls {function['name']} with arguments that are not an object but {_type(arguments)}")
     return {**raw, "type": "function", "function": {**function, "arguments": arguments}}
 
 
@@ -264,14 +277,11 @@ def _check(messages: list[dict[str, Any]], record: Mapping[str, Any]) -> None:
         raise _Bad(f"there are {roles.count('system')} system messages")
     if "system" in roles[1:]:
         raise _Bad(f"the system message is message {roles.index('system')}, not the first")
-    if roles[0] == "assistant" or roles[:2] == ["system", "assistant"]:
-        raise _Bad("the assistant speaks before the user")
+    if "user" not in roles:
+        raise _Bad("there is no user turn")
     for i, message in enumerate(messages):
-        if (
-            message["role"] in ("user", "assistant")
-            and not message["content"].strip()
-            and not message.get("tool_calls")
-        ):
+        is_empty = not (message["content"] or "").strip() and not message.get("tool_calls")
+        if is_empty and message["role"] in ("user", "assistant"):
             raise _Bad(f"message {i} ({message['role']}) is empty")
 
 

@@ -190,7 +190,7 @@ def open_samples(
     is compared with it when it is read.
     """
     if manifest.kind == "chat":
-        from dsgpt.data.chat import open_chat
+        from dsgpt.data.packing import open_chat
 
         samples: Samples = open_chat(path, split, seq_length)
         return samples

@@ -1,7 +1,7 @@
 """Whole samples of different lengths, packed into rows of T + 1 tokens: nothing is cut, little is padding.
 
-    packing = pack(lengths, capacity=1025)                     # which samples share a row
-    samples = PackedSamples(ids, edges, trained, packing)      # rows as dataset.Block
+    samples = open_chat("data/chat", "train", seq_length=1024)  # what dsgpt.data.chat has prepared, as dataset.Block
+    packing = pack(lengths, capacity=1025)                      # which samples share a row
     packing.utilisation, packing.fewest_rows
 
 Best-fit decreasing: the longest sample first, each into the fullest row that still takes it. Samples of one length are
@@ -15,24 +15,27 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dsgpt.data.dataset import IGNORED, Block, SampleOrder
+from dsgpt.data.dataset import IGNORED, Block
+from dsgpt.data.indexed import IndexedReader, mask_path
+from dsgpt.data.manifest import load_manifest
 from dsgpt.errors import DataError
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Row r holds the samples order[rows[r] : rows[r + 1]], ascending. `left_out` are those longer than `capacity`."""
+    """Row r holds the samples order[rows[r] : rows[r + 1]], ascending; each sample is in one row."""
 
     capacity: int
     order: np.ndarray
     rows: np.ndarray
-    left_out: np.ndarray
     tokens: int
 
     def __len__(self) -> int:
@@ -51,46 +54,35 @@ class Packing:
         """The share of the rows' positions that holds a token."""
         return self.tokens / (len(self) * self.capacity) if len(self) else 1.0
 
-    def shuffled(self, seed: int) -> Packing:
-        """The same rows in another order, which depends on `seed` and their number only."""
-        if not len(self):
-            return self
-        chosen = SampleOrder(len(self), seed, "packing").sample_ids(0, len(self))
-        sizes = np.diff(self.rows)[chosen]
-        rows = _edges(sizes)
-        within = np.arange(len(self.order)) - np.repeat(rows[:-1], sizes)
-        order = self.order[np.repeat(self.rows[:-1][chosen], sizes) + within]
-        return Packing(self.capacity, order, rows, self.left_out, self.tokens)
 
-
-def pack(lengths: ArrayLike, capacity: int, too_long: Literal["refuse", "leave-out"] = "refuse") -> Packing:
+def pack(lengths: ArrayLike, capacity: int) -> Packing:
     """Rows of at most `capacity` tokens, each sample of 1 token or more in exactly one of them.
 
-    Raises DataError for a sample without tokens, and for one longer than a row unless too_long is "leave-out".
+    Raises DataError for a sample without tokens, and for one longer than a row.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if capacity < 1:
         raise ValueError(f"a row needs room for a token, got a capacity of {capacity}")
-    empty, left_out = np.flatnonzero(sizes < 1), np.flatnonzero(sizes > capacity)
+    empty, too_long = np.flatnonzero(sizes < 1), np.flatnonzero(sizes > capacity)
     if len(empty):
         raise DataError(
             "a sample without tokens cannot be packed",
             seen=f"{len(empty)} of {len(sizes)} samples, the first is number {empty[0]}",
             do="leave them out before packing",
         )
-    if len(left_out) and too_long == "refuse":
+    if len(too_long):
         raise DataError(
             f"samples do not fit into rows of {capacity} tokens",
-            seen=f"{len(left_out)} of {len(sizes)} samples; number {left_out[0]} has {sizes[left_out[0]]} tokens, "
+            seen=f"{len(too_long)} of {len(sizes)} samples; number {too_long[0]} has {sizes[too_long[0]]} tokens, "
             f"the longest {sizes.max()}",
-            do="raise training.seq_length, or choose to truncate them or to leave them out",
+            do=f"raise training.seq_length, or prepare the conversations with --seq-length {capacity - 1} (and --too-long)",
         )
     # Stable, so that samples of one length keep their order: the result is a function of the lengths alone.
-    longest_first = np.argsort(-sizes, kind="stable")[len(left_out) :]
+    longest_first = np.argsort(-sizes, kind="stable")
     row_of, num_rows = _best_fit(sizes[longest_first], capacity)
     key = np.lexsort((longest_first, row_of))
     edges = _edges(np.bincount(row_of, minlength=num_rows))
-    return Packing(capacity, longest_first[key], edges, left_out, int(sizes[longest_first].sum()))
+    return Packing(capacity, longest_first[key], edges, int(sizes.sum()))
 
 
 def _best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
@@ -199,3 +191,52 @@ class PackedSamples:
             position_ids[start:stop] = np.arange(size)
             document_ids[start:stop] = number
         return Block(tokens[:-1], labels[:-1], position_ids[:-1], document_ids[:-1])
+
+
+class _Joined:
+    """Arrays one after another, of which slices are taken that lie in one of them; a map is not copied."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        self._arrays = arrays
+        self._edges = np.cumsum([0, *map(len, arrays)])
+
+    def __len__(self) -> int:
+        return int(self._edges[-1])
+
+    def __getitem__(self, cut: slice) -> np.ndarray:
+        number = int(np.searchsorted(self._edges, cut.start, side="right")) - 1
+        first = int(self._edges[number])
+        return self._arrays[number][cut.start - first : cut.stop - first]
+
+
+def open_chat(folder: str | Path, split: str, seq_length: int) -> PackedSamples:
+    """The packed rows of a split, as blocks of seq_length positions.
+
+    Memory is 12 bytes for each conversation; ids and masks are mapped. Packing takes about a second for a million of them,
+    and is the same on every rank. Raises DataError where the split is missing or damaged, and for a conversation longer
+    than seq_length + 1.
+    """
+    manifest = load_manifest(folder)
+    root = Path(folder)
+    if split not in manifest.splits:
+        raise DataError(f"the dataset has no split {split!r}", seen=f"it has: {', '.join(manifest.splits)}")
+    readers, masks = [], []
+    for shard in manifest.splits[split].shards:
+        reader = IndexedReader(root / shard.path)
+        try:
+            mask = np.memmap(mask_path(root / shard.path), np.uint8, mode="r")
+        except (OSError, ValueError) as error:
+            do = f"run: dsgpt data verify {folder}"
+            raise DataError(
+                "a loss mask cannot be read", seen=f"{mask_path(root / shard.path)}: {error}", do=do
+            ) from error
+        if (reader.num_documents, len(reader.tokens), len(mask)) != (shard.documents, shard.tokens, shard.tokens):
+            do = f"run: dsgpt data verify {folder}"
+            raise DataError("a shard does not hold what dataset.json says", seen=str(root / shard.path), do=do)
+        readers.append(reader)
+        masks.append(mask)
+    lengths = np.concatenate([np.asarray(reader.lengths, np.int64) for reader in readers])
+    edges = np.concatenate(([0], np.cumsum(lengths)))
+    packing = pack(lengths, seq_length + 1)
+    ids = _Joined([reader.tokens for reader in readers])
+    return PackedSamples(ids, edges, _Joined(masks), packing, f"{manifest.fingerprint} {split}")

@@ -25,7 +25,7 @@ from tests.frame import Outcome, Row
 CLONE = Path(__file__).parents[2]
 SUFFIXES = (".py", ".pyi", ".h", ".hpp", ".cuh", ".md", ".rst", ".txt", ".c", ".cpp", ".js", ".html", ".css", ".ipynb")
 CORPUS_BYTES, FILE_BYTES = 1 << 30, 1 << 20
-SLOW_FILES, RECIPE_FILES = 24, 8  # of these the slow rivals get so many: they take a minute for each 100 MB
+SLOW_FILES, RECIPE_FILES = 60, 8  # of these the slow rivals get so many: they take a minute for each 100 MB
 MEMORY_BYTES, UNBROKEN_BYTES = 1 << 30, 200 << 20
 
 PREPARE = """

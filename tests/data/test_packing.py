@@ -56,10 +56,6 @@ def test_the_result_is_a_function_of_the_lengths() -> None:
     sizes = np.random.default_rng(2).integers(1, 400, 3000)
     first, again = pack(sizes, 512), pack(sizes.copy(), 512)
     assert np.array_equal(first.order, again.order) and np.array_equal(first.rows, again.rows)
-    shuffled = first.shuffled(3)
-    assert sorted(map(tuple, (shuffled.row(i).tolist() for i in range(len(shuffled))))) == sorted(
-        map(tuple, (first.row(i).tolist() for i in range(len(first))))
-    )
 
 
 def best_fit_by_the_book(sizes: list[int], capacity: int) -> list[int]:
@@ -80,14 +76,12 @@ def test_it_is_best_fit_decreasing(seed: int) -> None:
     sizes = np.random.default_rng(seed).integers(1, 60, 300)
     packing = pack(sizes, 100)
     rooms = sorted(100 - int(sizes[packing.row(i)].sum()) for i in range(len(packing)))
-    assert len(rooms) <= len(best_fit_by_the_book(sizes.tolist(), 100)) + 1
+    assert rooms == best_fit_by_the_book(sizes.tolist(), 100)
 
 
-def test_what_does_not_fit_is_refused_or_left_out_by_name() -> None:
+def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(DataError, match="number 1 has 12 tokens"):
         pack([3, 12, 4], 10)
-    packing = pack([3, 12, 4], 10, too_long="leave-out")
-    assert packing.left_out.tolist() == [1] and packing.tokens == 7
     with pytest.raises(DataError, match="without tokens"):
         pack([3, 0], 10)
 
