@@ -118,7 +118,7 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
 
     console = Console(stderr=True)
     start: dict[str, float] = {}
-    told = time.monotonic()
+    told, finished = time.monotonic(), False
 
     def describe(state: Any) -> str:
         # The clock starts when the phase does, and does not count what an earlier start has done.
@@ -135,10 +135,10 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
     if not console.is_terminal:
 
         def tell_line(state: Any) -> None:
-            nonlocal told
+            nonlocal told, finished
             text = describe(state)
-            finished = state.done.num_bytes == state.total_bytes
-            if time.monotonic() - told > 10 or (finished and state.phase == "tokenize"):
+            was_finished, finished = finished, state.done.num_bytes == state.total_bytes
+            if time.monotonic() - told > 10 or (finished and not was_finished and state.phase == "tokenize"):
                 told = time.monotonic()
                 passed = format_seconds(told - start[state.phase])
                 share = state.done.num_bytes / max(1, state.total_bytes)
