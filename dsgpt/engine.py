@@ -1,7 +1,6 @@
-"""The one door to DeepSpeed: building an engine, one training step, and the partitioned state behind it.
+"""The one door to DeepSpeed: building an engine and one training step; the state behind it is in partitioned.py.
 
-Floors above see parameters by name and flat ranges of fp32 values, never DeepSpeed's own structures, so a checkpoint
-does not depend on the ZeRO stage. Everything here that reaches into DeepSpeed's internals is pinned to the versions in
+Everything here that reaches into DeepSpeed's internals is pinned to the versions in
 setup.cfg and covered by tests/test_engine.py for stages 0-3, with and without offload.
 
 Trade-off: gradients are divided by the step's number of target tokens through the loss handed to `backward` (times the
@@ -25,20 +24,10 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from dsgpt.distributed import World
-from dsgpt.errors import DsgptError, NumericalError
+from dsgpt.errors import NumericalError
 from dsgpt.loss_scale import LossScale
 from dsgpt.model.batch_norm import BatchNorm
-
-MASTER = "master"
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """This rank's piece of one parameter: `numel` elements of the flattened parameter from `start`."""
-
-    name: str
-    start: int
-    numel: int
+from dsgpt.partitioned import PartitionedState
 
 
 @dataclass(frozen=True)
@@ -84,7 +73,7 @@ def construct(build: Callable[[], nn.Module], deepspeed_config: Mapping[str, Any
         return build()
 
 
-class Engine:
+class Engine(PartitionedState):
     """A model, its optimizer and DeepSpeed, with the operations a training loop needs."""
 
     def __init__(
@@ -106,6 +95,7 @@ class Engine:
         )
         # Shared (tied) parameters appear once, under their first name.
         self._parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self._frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
         for name, buffer in self.module.named_buffers():
             buffer.data = buffer.data.to(buffer_types[name])  # DeepSpeed casts running statistics to bf16 with the rest
         self._buffers_before = self._copy_buffers()
@@ -235,141 +225,6 @@ class Engine:
     def loss_scale(self, numbers: Mapping[str, float]) -> None:
         if self._loss_scale is not None:
             self._loss_scale.restore(numbers)
-
-    # ---- partitioned state ---------------------------------------------------------------------------------------
-
-    @property
-    def _torch_optimizer(self) -> torch.optim.Optimizer:
-        return self._optimizer if self.stage == 0 else self._optimizer.optimizer
-
-    @property
-    def state_kinds(self) -> tuple[str, ...]:
-        """Which fp32 tensors exist for every parameter: the master weight and the optimizer's moments."""
-        if isinstance(self._torch_optimizer, torch.optim.AdamW):
-            return (MASTER, "exp_avg", "exp_avg_sq")
-        has_momentum = any(group.get("momentum") for group in self._torch_optimizer.param_groups)
-        return (MASTER, "momentum_buffer") if has_momentum else (MASTER,)
-
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
-
-    def fragments(self) -> list[Fragment]:
-        """What this rank owns, in parameter order. All ranks together own every element exactly once."""
-        rank, size = self.world.rank, self.world.size
-        owned = []
-        for name, p in self._parameters.items():
-            if self.stage in (1, 2):
-                if p._hp_mapping is None:
-                    continue
-                address = p._hp_mapping.lp_fragment_address
-                start, stop = address.start, address.start + address.numel
-            else:
-                numel = p.ds_numel if self.stage == 3 else p.numel()
-                piece = p.ds_tensor.ds_numel if self.stage == 3 else -(-numel // size)
-                start, stop = min(rank * piece, numel), min((rank + 1) * piece, numel)
-            if stop > start:
-                owned.append(Fragment(name, start, stop - start))
-        return owned
-
-    def read(self, fragment: Fragment, kind: str) -> Tensor:
-        """This rank's fp32 values of a fragment, one-dimensional: a view, or a copy of what lies on NVMe."""
-        with self._in_memory(self._place(fragment)[0]) as swapped:
-            values = self._view(fragment, kind)
-            return values.clone() if swapped else values
-
-    def _place(self, fragment: Fragment) -> tuple[int, int]:
-        """Which of the flat partitions holds a fragment, and from which element; at stage 0 each parameter is its own."""
-        parameter = self._parameters[fragment.name]
-        if self.stage == 0:
-            return 0, fragment.start
-        if self.stage == 3:
-            group, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
-            return group, offset
-        return parameter._hp_mapping.param_group_index, parameter._hp_mapping.hp_fragment_address.start
-
-    def _view(self, fragment: Fragment, kind: str) -> Tensor:
-        """The memory of a fragment's values.
-
-        Not DeepSpeed's get_hp_fragment(kind): with several parameter groups it links optimizer states after the first
-        group's step, when the other groups have none yet, and never again.
-        """
-        group, offset = self._place(fragment)
-        flat = self._parameters[fragment.name] if self.stage == 0 else self._flat_partitions()[group]
-        whole = flat if kind == MASTER else self._torch_optimizer.state[flat][kind]
-        return whole.data.view(-1).narrow(0, offset, fragment.numel)
-
-    @contextlib.contextmanager
-    def _in_memory(self, group: int, write: bool = False) -> Iterator[bool]:
-        """Bring one flat partition and its moments in from NVMe, where they lie there, and with `write` back again."""
-        optimizer = self._optimizer
-        swapped = getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(group)
-        if swapped:
-            optimizer._optimizer_states_and_gradient_swap_in(group)
-        yield swapped
-        if swapped:
-            (optimizer._optimizer_states_and_gradient_swap_out if write else optimizer._release_swap_buffers)(group)
-
-    def _flat_partitions(self) -> list[Tensor]:
-        """This rank's fp32 masters at stages 1-3, one flat tensor per parameter group (at stage 3 per sub-group).
-
-        DeepSpeed has three optimizer classes for them: stage 3; stage 1 in bf16 with fp32 sums; the other cases of 1 and 2.
-        """
-        names = ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups")
-        return next(getattr(self._optimizer, name) for name in names if hasattr(self._optimizer, name))
-
-    @property
-    def _offloaded(self) -> bool:
-        """Whether optimizer state and step are in host memory or on NVMe."""
-        return any(getattr(self._optimizer, name, False) for name in ("offload_optimizer", "cpu_offload"))
-
-    def load(self, source: Callable[[Fragment, str], Tensor], kinds: tuple[str, ...], optimizer_steps: int) -> None:
-        """Fill this rank's fragments from `source(fragment, kind)`, then refresh the working copies on all ranks.
-
-        Must follow `rehearse`, which creates the optimizer's state.
-        """
-        error = None
-        try:
-            for fragment in self.fragments() if self.stage != 0 else self._whole_parameters():
-                with self._in_memory(self._place(fragment)[0], write=True):
-                    for kind in kinds:
-                        self._view(fragment, kind).copy_(source(fragment, kind))
-        except DsgptError as problem:
-            error = problem
-        self.world.agree(error, "reading the checkpoint")  # before the collectives below
-        for state in self._torch_optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"].fill_(optimizer_steps)
-        self._refresh_working_copies()
-
-    def buffers(self) -> dict[str, Tensor]:
-        """What the model carries beside its parameters (running statistics); the same on every rank."""
-        return dict(self.module.named_buffers())
-
-    def _copy_buffers(self) -> dict[str, Tensor]:
-        return {name: buffer.clone() for name, buffer in self.buffers().items()}
-
-    def load_buffers(self, values: Mapping[str, Tensor]) -> None:
-        for name, buffer in self.buffers().items():
-            buffer.copy_(values[name])
-        self._buffers_before = self._copy_buffers()
-
-    def _whole_parameters(self) -> list[Fragment]:
-        """Stage 0 saves a slice of each parameter per rank, but every rank holds and must load all of it."""
-        return [Fragment(name, 0, p.numel()) for name, p in self._parameters.items()]
-
-    def _refresh_working_copies(self) -> None:
-        """Make the weights used in the forward pass equal to the fp32 masters, as after an optimizer step."""
-        if self.stage in (1, 2):
-            self._optimizer.update_lp_params()
-        elif self.stage == 3:
-            self._optimizer._partition_all_parameters()
-            for sub_group in range(len(self._optimizer.fp16_groups)):
-                with self._in_memory(sub_group):
-                    self._optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-            persistent = self._optimizer.persistent_parameters
-            if persistent:
-                persistent[0].all_gather(persistent)
-            self._optimizer.invalidate_secondary_tensor()  # the copy of the weights within a node (hpZ)
 
     def full_parameter(self, name: str) -> Tensor:
         """The whole fp32 master of a parameter on every rank (a collective; tests and small models)."""

@@ -79,6 +79,10 @@ class CheckpointError(DsgptError):
     exit_code = ExitCode.BAD_DATA
 
 
+class DamagedError(CheckpointError):
+    """What was read of a checkpoint is not what was written: an older one may do."""
+
+
 class SaveError(DsgptError):
     """A checkpoint could not be written; the ones before it are as they were."""
 

@@ -38,6 +38,14 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def end_with_parent(parent: int) -> None:
+    """Ask Linux to kill this process when its parent dies, and end at once where that has happened already."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux: the end of its input ends it
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
 def rank_of_environment() -> int:
     """This process's rank as a launcher tells it, before anything else is known."""
     text = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"

@@ -16,7 +16,7 @@ FLOORS = {
     "train": 6,
     **dict.fromkeys(("evaluate", "generate"), 5),
     **dict.fromkeys(("engine", "checkpoint"), 4),
-    **dict.fromkeys(("tokenizer", "data", "model", "optimizer", "loss_scale"), 3),
+    **dict.fromkeys(("tokenizer", "data", "model", "optimizer", "loss_scale", "partitioned"), 3),
     **dict.fromkeys(("distributed", "planning", "launch", "report"), 2),
     **dict.fromkeys(("config", "process", "lease", "verdict", "watchdog"), 1),
     **dict.fromkeys(("errors", "units"), 0),

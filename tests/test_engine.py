@@ -174,7 +174,7 @@ def test_in_bf16_offloading_changes_only_where_the_step_is_computed(name, offloa
 
 def read_all(engine):
     """All of this rank's state by fragment and kind; at stage 0 whole parameters, because each rank must load them."""
-    fragments = engine.fragments() if engine.stage else engine._whole_parameters()
+    fragments = engine.fragments() if engine.stage else engine._whole(engine._parameters)
     return {(f, kind): engine.read(f, kind).clone() for f in fragments for kind in engine.state_kinds}
 
 

@@ -16,7 +16,7 @@ from dsgpt.checkpoint.reader import CheckpointReader
 from dsgpt.config import flatten
 
 # What is about the files, not about the state.
-_NOT_STATE = ("files", "parameters", "attempt", "format_version", "sha256")
+_NOT_STATE = ("files", "parameters", "frozen", "attempt", "format_version", "sha256")
 MAX_SHOWN = 8
 
 
@@ -77,6 +77,13 @@ def compare(one: Path, other: Path) -> Difference:
             difference = _compare(name, kind, *sides)
             if difference is not None:
                 tensors.append(difference)
+    for name in sorted(left.frozen.keys() | right.frozen.keys()):
+        compared += 1
+        difference = _compare(
+            name, "frozen", *(one.tensor(name) if name in one.frozen else None for one in (left, right))
+        )
+        if difference is not None:
+            tensors.append(difference)
     buffers = left.buffers(), right.buffers()
     for name in sorted(buffers[0].keys() | buffers[1].keys()):
         compared += 1

@@ -85,7 +85,7 @@ def export_checkpoint(location: ModelLocation, output: Path, check: bool = True)
 
 
 def _native(reader: CheckpointReader) -> Iterator[tuple[str, Tensor]]:
-    for name in reader.parameters:
+    for name in (*reader.parameters, *reader.frozen):
         yield name, reader.tensor(name)
     yield from reader.buffers().items()
 

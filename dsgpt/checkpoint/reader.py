@@ -2,8 +2,11 @@
 
     reader = CheckpointReader("runs/my-run/checkpoints/step-00001000"); reader.tensor("embed_tokens.weight")
 
-Only the files that hold the range are opened, and only its bytes are read, so a rank of another world size reads about
-its own share of the state, not the whole.
+Only the files that hold the range are opened, only its bytes are read, and they are verified as they are read (files.py), so
+the ranks of another world size together read the state once, and each only its own share.
+
+Growth: a range costs what it overlaps, not the number of ranks that wrote the checkpoint; a rank that resumes opens the
+files of about (old ranks / new ranks) neighbours.
 """
 
 from __future__ import annotations
@@ -13,77 +16,117 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsgpt.checkpoint import commit
-from dsgpt.errors import CheckpointError
+from dsgpt.checkpoint.files import StateFile
+from dsgpt.errors import CheckpointError, DamagedError
 
 MASTER = "master"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def partition_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
+def frozen_file(rank: int) -> str:
+    return f"frozen-{rank:05d}.safetensors"
+
+
 def buffer_key(name: str) -> str:
     return f"buffer:{name}"
 
 
-class CheckpointReader:
-    """Reads any range of any parameter of a committed checkpoint, opening only the files that hold it."""
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
 
-    def __init__(self, checkpoint: Path):
-        self.path = Path(checkpoint)
+
+class CheckpointReader:
+    """Reads any range of any parameter of a committed checkpoint, opening only the files that hold it.
+
+    With `check` False what is read is not compared with its checksums. Raises CheckpointError, DamagedError among them.
+    """
+
+    def __init__(self, checkpoint: Path, check: bool = True):
+        self.path, self.check = Path(checkpoint), check
         self.manifest = commit.read_manifest(self.path)
-        self._open: dict[int, Any] = {}
+        self._open: dict[str, StateFile] = {}
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what was trained."""
         return {name: tuple(entry["shape"]) for name, entry in self.manifest["parameters"].items()}
 
-    def _fragments(self, name: str) -> list[tuple[int, int, int]]:
-        entry = self.manifest["parameters"].get(name)
-        if entry is None:
-            raise CheckpointError("the checkpoint has no such parameter", seen=f"{name} in {self.path}")
+    @property
+    def frozen(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what was not."""
+        return {name: tuple(entry["shape"]) for name, entry in self.manifest.get("frozen", {}).items()}
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(file.bytes_read for file in self._open.values())
+
+    def _fragments(self, entry: dict[str, Any], start: int, numel: int) -> list[tuple[int, int, int]]:
+        """(rank, first element, elements) of the saved pieces that may hold the range."""
         if "fragments" in entry:
             return [tuple(fragment) for fragment in entry["fragments"]]
-        numel, piece = math.prod(entry["shape"]), entry["piece"]
-        return [(i, start, min(piece, numel - start)) for i, start in enumerate(range(0, numel, piece))]
+        total, piece = math.prod(entry["shape"]), entry["piece"]
+        ranks = range(start // piece, -(-min(start + numel, total) // piece)) if piece else range(0)
+        return [(rank, rank * piece, min(piece, total - rank * piece)) for rank in ranks]
 
-    def _file(self, rank: int) -> Any:
-        if rank not in self._open:
-            path = self.path / partition_file(rank)
-            try:
-                self._open[rank] = safe_open(path, framework="pt")
-            except Exception as error:
-                raise CheckpointError("a partition cannot be opened", seen=f"{path}: {error}") from error
-        return self._open[rank]
+    def _file(self, name: str) -> StateFile:
+        if name not in self._open:
+            entry = self.manifest["files"].get(name)
+            if entry is None:
+                raise DamagedError("the manifest does not know a file", seen=f"{name} in {self.path}")
+            self._open[name] = StateFile(self.path / name, entry, self.check)
+        return self._open[name]
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the flattened parameter, fp32. Raises CheckpointError for a gap."""
-        result, found = torch.empty(numel, dtype=torch.float32), 0
-        for rank, have_start, have_numel in self._fragments(name):
+        """Elements [start, start + numel) of the flattened parameter, fp32. Raises DamagedError for a gap.
+
+        What was frozen has no state but its value, in the precision it had; it comes as fp32 too.
+        """
+        entry, file_of, key = self.manifest["parameters"].get(name), partition_file, f"{kind}:{name}"
+        if entry is None and kind == MASTER:
+            entry, file_of, key = self.manifest.get("frozen", {}).get(name), frozen_file, name
+        if entry is None:
+            raise CheckpointError("the checkpoint has no such parameter", seen=f"{kind} of {name} in {self.path}")
+        dtype = DTYPES[entry.get("dtype", "F32")]
+        result, found = torch.empty(numel, dtype=dtype), 0
+        memory, size = bytes_of(result), result.element_size()
+        for rank, have_start, have_numel in self._fragments(entry, start, numel):
             low, high = max(start, have_start), min(start + numel, have_start + have_numel)
             if low < high:
-                piece = self._file(rank).get_slice(f"{kind}:{name}")[low - have_start : high - have_start]
-                result[low - start : high - start] = piece
+                file, into = self._file(file_of(rank)), memory[(low - start) * size : (high - start) * size]
+                file.read(key, (low - have_start) * size, (high - have_start) * size, into)
                 found += high - low
         if found != numel:
-            raise CheckpointError(
-                "the checkpoint does not hold the whole parameter", seen=f"{name}: {found} of {numel}"
-            )
-        return result
+            raise DamagedError("the checkpoint does not hold the whole parameter", seen=f"{name}: {found} of {numel}")
+        return result.float()
 
     def tensor(self, name: str, kind: str = MASTER) -> Tensor:
         """A whole parameter in its shape."""
-        shape = self.parameters[name]
+        shape = (self.parameters | self.frozen)[name]
         return self.read(name, kind, 0, math.prod(shape)).view(shape)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters whole, trained and frozen."""
+        return {name: self.tensor(name) for name in (*self.parameters, *self.frozen)}
 
     def buffers(self) -> dict[str, Tensor]:
         """Running statistics, whole; empty for models without any. They lie in rank 0's file."""
-        names = self.manifest.get("buffers", {})
-        try:
-            return {name: self._file(0).get_tensor(buffer_key(name)) for name in names}
-        except SafetensorError as error:
-            raise CheckpointError("the checkpoint lacks running statistics", seen=f"{self.path}: {error}") from error
+        found = {}
+        for name in self.manifest.get("buffers", {}):
+            file, key = self._file(partition_file(0)), buffer_key(name)
+            dtype, shape = file.shape_of(key)
+            found[name] = torch.empty(shape, dtype=DTYPES[dtype])
+            memory = bytes_of(found[name])
+            file.read(key, 0, len(memory), memory)
+        return found

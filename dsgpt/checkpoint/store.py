@@ -1,142 +1,28 @@
-"""Saving and reading checkpoints: every rank its own partition, indexed by parameter name and range.
+"""Bringing a checkpoint back into an engine, and choosing one that is intact.
 
-Layout of `checkpoints/step-00001000/`:
+Any world size and ZeRO stage reads what any other wrote: a rank asks for the ranges that it owns itself (reader.py). What is
+read is verified while it is read; a checkpoint that turns out damaged raises DamagedError on all ranks, and an older one can
+be loaded over it. Host memory beside the rank's own state: one parameter's fragment.
 
-    manifest.json                 counters, model, fingerprints, versions, sizes and hashes, where each range lies
-    rank-00000.safetensors        this rank's fragments: "<kind>:<parameter>", kind = master, exp_avg, exp_avg_sq;
-                                  rank 0 also "buffer:<name>", running statistics, which are equal on all ranks
-
-A checkpoint holds 12 bytes per parameter with AdamW; low-precision copies are recomputed from the masters. Nothing in it
-can execute. `CheckpointReader` reads any range of any parameter, whatever topology wrote it.
-
-Growth: each rank writes and hashes only its own file, in parallel. The index in the manifest has one entry per fragment
-at ZeRO 1-2 (parameters + ranks) and one number per parameter at ZeRO 0 and 3, where all ranks hold equal pieces.
+Growth: every rank stats its share of the files (1/ranks) and opens those that hold its ranges. Only stage 0 and frozen
+parameters are read whole by every rank, because every rank holds them whole.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from torch import Tensor
 
 from dsgpt.checkpoint import commit
-from dsgpt.checkpoint.reader import CheckpointReader, buffer_key, partition_file
+from dsgpt.checkpoint.reader import CheckpointReader
 from dsgpt.distributed import World
-from dsgpt.engine import Engine, Fragment
-from dsgpt.errors import CheckpointError, LockedError, SaveError
-from dsgpt.process import give_default_mode
+from dsgpt.engine import Engine
+from dsgpt.errors import CheckpointError, DamagedError
 
 VISIBLE_SECONDS = 30.0
-
-
-def save_checkpoint(
-    engine: Engine,
-    world: World,
-    checkpoints_dir: Path,
-    attempt: str,
-    manifest: Mapping[str, Any],
-    guard: Callable[[], None] = lambda: None,
-) -> tuple[Path, int]:
-    """Write and commit one checkpoint; all ranks call it. Returns its folder and how often a write was tried again.
-
-    Raises SaveError on every rank when any rank failed; then nothing is committed and the temporary folder is removed.
-    `manifest` is rank 0's; it holds at least "step". `guard` is called on rank 0 right before the commit; what it raises
-    is raised there, and PeerError on the others.
-    """
-    step = manifest["step"]
-    folder, begun_again = _begin(world, checkpoints_dir, step, attempt)
-    fragments = engine.fragments()
-    written, retries, error = {}, 0, ""
-    try:
-        written, retries = commit.retrying(lambda: _write_partition(engine, folder, world.rank, fragments))
-    except Exception as problem:  # whatever it is, this rank must still meet the others below
-        error = f"rank {world.rank}: {problem}"
-    ranges = [(f.name, f.start, f.numel) for f in fragments] if engine.stage in (1, 2) else None
-    gathered = world.gather_objects((written, ranges, error, retries))
-    path, failure, forbidden = "", "", None
-    if gathered is not None:
-        failure = "; ".join(text for _, _, text, _ in gathered if text)
-        again = [begun_again, *(number for *_, number in gathered)]
-        try:
-            if not failure:
-                files = {name: entry for part, *_ in gathered for name, entry in part.items()}
-                index = _index(engine, world, [ranges for _, ranges, *_ in gathered])
-                buffers = {name: list(value.shape) for name, value in engine.buffers().items()}
-                contents = {**manifest, "files": files, "parameters": index, "buffers": buffers}
-                path = str(commit.commit(checkpoints_dir, folder, contents, guard, again.append))
-        except OSError as problem:
-            failure = str(problem)
-        except LockedError as problem:
-            forbidden = problem
-        if failure or forbidden:
-            shutil.rmtree(folder, ignore_errors=True)
-        retries = sum(again)
-    world.agree(forbidden, "committing the checkpoint")
-    path, failure, retries = world.broadcast_object((path, failure, retries))
-    if failure:
-        raise SaveError(
-            f"the checkpoint of step {step} was not written", seen=failure, do="free space, or mend the disk"
-        )
-    return Path(path), retries
-
-
-def _begin(world: World, checkpoints_dir: Path, step: int, attempt: str) -> tuple[Path, int]:
-    """Rank 0 makes the temporary folder; no rank writes before it is there. (folder, retries on rank 0)."""
-    folder, failure, retries = "", "", 0
-    if world.is_main:
-        try:
-            made, retries = commit.retrying(lambda: commit.begin(checkpoints_dir, step, attempt))
-            folder = str(made)
-        except OSError as problem:
-            failure = str(problem)
-    folder, failure = world.broadcast_object((folder, failure))
-    if failure:
-        raise SaveError(f"the checkpoint of step {step} cannot be begun", seen=failure)
-    return Path(folder), retries
-
-
-def _write_partition(engine: Engine, folder: Path, rank: int, fragments: Sequence[Fragment]) -> dict[str, Any]:
-    tensors = {
-        f"{kind}:{fragment.name}": engine.read(fragment, kind).detach().to("cpu", torch.float32).contiguous()
-        for fragment in fragments
-        for kind in engine.state_kinds
-    }
-    if rank == 0:
-        tensors |= {buffer_key(name): value.detach().cpu().contiguous() for name, value in engine.buffers().items()}
-    starts = {fragment.name: fragment.start for fragment in fragments}
-    name = partition_file(rank)
-    # One metadata entry only: with several, safetensors writes them in random order, and equal states differ in bytes.
-    try:
-        save_file(tensors, folder / name, metadata={"starts": json.dumps(starts)})
-        give_default_mode(folder / name)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number.group(1)) if number else 0, str(error)) from error
-    return commit.hash_files(folder, [name])
-
-
-def _index(engine: Engine, world: World, ranges: Sequence[Any]) -> dict[str, Any]:
-    """{name: {"shape", "fragments": [[rank, start, numel], …]}}, or "piece": elements per rank where all are equal."""
-    index: dict[str, Any] = {name: {"shape": list(shape)} for name, shape in engine.parameter_shapes().items()}
-    if engine.stage not in (1, 2):
-        for entry in index.values():
-            entry["piece"] = -(-math.prod(entry["shape"]) // world.size)
-        return index
-    for entry in index.values():
-        entry["fragments"] = []
-    for rank, owned in enumerate(ranges):
-        for name, start, numel in owned:
-            index[name]["fragments"].append([rank, start, numel])
-    return index
 
 
 def load_state(engine: Engine, reader: CheckpointReader) -> None:
@@ -144,7 +30,9 @@ def load_state(engine: Engine, reader: CheckpointReader) -> None:
 
     Raises CheckpointError when its parameters are not the model's, before anything is changed.
     """
-    ours, theirs = engine.parameter_shapes(), reader.parameters
+    ours: dict[str, object] = dict(engine.parameter_shapes())
+    ours |= {name: ("frozen", *shape) for name, (shape, _) in engine.frozen_shapes().items()}
+    theirs = reader.parameters | {name: ("frozen", *shape) for name, shape in reader.frozen.items()}
     if ours != theirs:
         names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         seen = "; ".join(f"{n}: checkpoint {theirs.get(n, 'none')}, model {ours.get(n, 'none')}" for n in names[:5])
@@ -160,28 +48,39 @@ def load_state(engine: Engine, reader: CheckpointReader) -> None:
             seen=f"checkpoint: {', '.join(kinds)}; this run: {', '.join(engine.state_kinds)}",
             do="use the optimizer.name and optimizer.momentum the run was started with",
         )
-    error = None
-    try:
-        buffers = reader.buffers()
-        if buffers.keys() != engine.buffers().keys():
-            seen = f"checkpoint: {', '.join(buffers) or 'none'}; model: {', '.join(engine.buffers()) or 'none'}"
-            error = CheckpointError("the checkpoint's running statistics are not the model's", seen=seen)
-    except CheckpointError as problem:
-        error = problem
-    engine.world.agree(error, "reading the checkpoint's running statistics")
+    buffers = reader.manifest.get("buffers", {})
+    if buffers.keys() != engine.buffers().keys():
+        seen = f"checkpoint: {', '.join(buffers) or 'none'}; model: {', '.join(engine.buffers()) or 'none'}"
+        raise CheckpointError("the checkpoint's running statistics are not the model's", seen=seen)
+    values = _read_buffers(reader, engine.world)
     engine.load(
         lambda fragment, kind: reader.read(fragment.name, kind, fragment.start, fragment.numel),
         engine.state_kinds,
         reader.manifest["counters"]["optimizer_steps"],
     )
-    engine.load_buffers(buffers)
+    engine.load_buffers(values)
+
+
+def _read_buffers(reader: CheckpointReader, world: World) -> dict[str, Tensor]:
+    """Running statistics, read by rank 0 alone: they are small, and equal on all ranks."""
+    values, problems = {}, None
+    if world.is_main:
+        try:
+            values = reader.buffers()
+        except DamagedError as error:
+            problems = error.problems
+    values, problems = world.broadcast_object((values, problems))
+    if problems:
+        raise DamagedError(problems=problems)
+    return values
 
 
 def find_checkpoint(committed: Sequence[tuple[int, Path]], world: World, mode: str) -> tuple[Path | None, list[str]]:
-    """The newest of these checkpoints that verifies, agreed by all ranks, and what was passed over.
+    """The newest of these checkpoints whose files are all there, agreed by all ranks, and what was passed over.
 
-    Each rank verifies its share of the files; a checkpoint that fails is reported, never deleted. Raises CheckpointError
-    when there are some and none is good. `committed` is rank 0's list on all ranks, oldest first.
+    Each rank looks at its share of the files; a checkpoint that fails is reported, never deleted. What the files hold is
+    compared while it is read, or here where an older dsgpt wrote them without checksums. Raises CheckpointError when there
+    are some and none is good. `committed` is rank 0's list on all ranks, oldest first.
     """
     rejected: list[str] = []
     for _, path in reversed(committed):
@@ -212,6 +111,8 @@ def verify_share(path: Path, world: World, mode: str) -> str:
         _wait_for(path / commit.MANIFEST)
         manifest = commit.read_manifest(path)
         names, digest = sorted(manifest["files"]), manifest["sha256"]
+        if all("crc32" in entry for entry in manifest["files"].values() if isinstance(entry, dict)):
+            mode = "size"  # the content is compared while it is read
         problems = [str(p) for p in commit.verify(path, mode, only=names[world.rank :: world.size])]
     except CheckpointError as error:
         problems = [str(error)]

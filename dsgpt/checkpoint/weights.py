@@ -23,7 +23,7 @@ from dsgpt.model.gpt import GPT
 from dsgpt.model.hf_import import read_hf_config, read_hf_weights
 
 if TYPE_CHECKING:
-    from dsgpt.engine import Fragment  # importing it would start DeepSpeed, which evaluation does not need
+    from dsgpt.partitioned import Fragment
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def load_model(location: ModelLocation, device: str = "cpu", trust: bool = False
         require_intact(location.path)
         reader = CheckpointReader(location.path)
         config = ModelConfig.model_validate(reader.manifest["model"])
-        tensors = {name: reader.tensor(name) for name in reader.parameters} | reader.buffers()
+        tensors = reader.weights() | reader.buffers()
     else:
         config = read_hf_config(location.path)
         tensors = read_hf_weights(location.path, config, trust)

@@ -252,7 +252,12 @@ class CheckpointSection(Section):
         description="refuse to start (73), instead of warn, where the checkpoints will not fit on the disk",
     )
     verify: Literal["hash", "size"] = Field(
-        default="hash", description="what is compared with the manifest before resuming"
+        default="hash",
+        description="whether content is compared with its checksums while a resume reads it, or sizes only",
+    )
+    asynchronous: Bool = Field(
+        default=False,
+        description="training waits only for the copy to host memory; another process writes (the same bytes)",
     )
 
 

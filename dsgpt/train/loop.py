@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dsgpt.checkpoint.saver import Saver
 from dsgpt.checkpoint.weights import checkpoint_weights, hf_weights
 from dsgpt.data.dataset import Samples
 from dsgpt.data.mixture import MixtureStream, Segment
@@ -29,8 +31,8 @@ from dsgpt.train.folder import forecast_space, prepare_folder, write_resolved
 from dsgpt.train.left_out import LeftOutSteps
 from dsgpt.train.order import first_segments
 from dsgpt.train.resolve import ResolvedRun
-from dsgpt.train.resume import find_source, last_good, open_run, restore, set_later_steps_aside
-from dsgpt.train.save import Controls, record_evaluation, save
+from dsgpt.train.resume import find_source, last_good, open_run, restore
+from dsgpt.train.save import Controls, finish_save, record_evaluation, save
 from dsgpt.train.spikes import MAX_ROLLBACKS_IN_A_ROW, LossSpikes
 from dsgpt.train.state import RunLog, TrainState
 from dsgpt.train.step import StepLoader, StepReport, Wishes, largest_micro_batch, train_step
@@ -40,7 +42,7 @@ from dsgpt.watchdog import Heartbeat
 
 @dataclass
 class Run:
-    """Everything the loop holds on to. `guard` raises where this job may not commit any more."""
+    """Everything the loop holds on to."""
 
     plan: ResolvedRun
     world: World
@@ -52,13 +54,14 @@ class Run:
     validation: dict[str, Samples]
     spikes: LossSpikes
     controls: Controls
+    saver: Saver
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
-    guard: Callable[[], None] = lambda: None
     last_committed: int = -1
     committed_here: bool = False
     failed_saves: int = 0
     saved_at: float = field(default_factory=time.monotonic)
     learning_rate: float | None = None  # of the last step
+    evaluated: tuple[int, dict[str, Any]] | None = None  # step and result of the last evaluation
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -108,8 +111,6 @@ def train(
     if continuation.checkpoint is not None:
         run.enter("read the checkpoint", 3)
         restore(run, continuation)
-        if not continuation.forked:
-            set_later_steps_aside(run, continuation.checkpoint)
     elif plan.config.model.init_from != "scratch":
         _read_weights(run)
     write_resolved(plan, world, log, changes)
@@ -149,7 +150,11 @@ def _build(
     spikes = LossSpikes(config.training.loss_spike)
     spikes.skipped = world.broadcast_object(LossSpikes.read(plan.output_dir) if world.is_main else None)
     controls = Controls(plan.output_dir, enabled=world.is_main)
-    return Run(plan, world, engine, TrainState(), log, stop, stream, validation, spikes, controls, heartbeat, guard)
+    patience = config.run.hang_timeout_seconds or math.inf
+    folder = plan.output_dir / "checkpoints"
+    saver = Saver(engine, world, folder, guard, config.checkpoint.asynchronous, patience)
+    state = TrainState()
+    return Run(plan, world, engine, state, log, stop, stream, validation, spikes, controls, saver, heartbeat)
 
 
 def _rehearse(run: Run) -> None:
@@ -204,6 +209,8 @@ def _run_steps(run: Run) -> None:
             if meter.steps == 0:
                 run.log.event("first_step", step=run.state.step, loss=report.loss)
             meter.count(training.tokens_per_step)
+            if not report.wishes.writing:
+                finish_save(run)  # one that is under way, if any
             samples = run.stream.sample_ids(start, training.global_batch_size)
             left_out.check(report, run.state.step, run.last_committed, run.loss_scale, samples)
             if run.spikes.is_spike(report.loss) and _answer_spike(run, report, start, samples):
@@ -217,7 +224,7 @@ def _run_steps(run: Run) -> None:
             stopping = report.wishes.preempt or report.wishes.stop
             if last or stopping or report.wishes.save or run.state.step % plan.config.checkpoint.save_interval == 0:
                 save(run, required=last or stopping)
-                if run.last_committed == run.state.step:
+                if run.state.step in (run.last_committed, run.saver.pending and run.saver.pending.step):
                     run.controls.obeyed("SAVE")
                 meter.restart()
             if report.wishes.stop:
@@ -229,15 +236,20 @@ def _run_steps(run: Run) -> None:
                 _evaluate(run)
                 meter.restart()
         run.log.event("finished", f"finished: step {run.state.step}", **run.state.counters())
+    except NumericalError:
+        finish_save(run)  # this step is bad, the one that is being saved was not
+        raise
     finally:
         loader.close()
+        run.saver.close()
 
 
 def _wishes(run: Run) -> Wishes:
     """What this rank wants to happen after the step; all ranks' wishes are added up."""
     minutes = run.plan.config.checkpoint.save_interval_minutes
     due = run.world.is_main and minutes is not None and time.monotonic() - run.saved_at >= 60 * minutes
-    return Wishes(run.stop.poll(), run.controls.asks("STOP"), due or run.controls.asks("SAVE"))
+    save = due or run.controls.asks("SAVE")
+    return Wishes(run.stop.poll(), run.controls.asks("STOP"), save, not run.saver.is_written())
 
 
 def _count(run: Run, report: StepReport, start: int) -> None:
@@ -269,6 +281,7 @@ def _answer_spike(run: Run, report: StepReport, start: int, samples: Sequence[in
         first_sample=start,
         sample_ids=[int(i) for i in samples],
     )
+    finish_save(run)
     if config.action == "warn" or run.last_committed < 0:  # before the first checkpoint there is nothing to go back to
         return False
     run.spikes.rollbacks += 1
@@ -352,5 +365,5 @@ def _evaluate(run: Run) -> Evaluation | None:
         step=run.state.step,
         **told,
     )
-    record_evaluation(run, told)
+    record_evaluation(run, run.state.step, told)
     return result

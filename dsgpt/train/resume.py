@@ -6,7 +6,8 @@ asked for. Rank 0 looks at the folder, all ranks verify, all agree.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from dsgpt.checkpoint.locate import locate_checkpoint
 from dsgpt.checkpoint.reader import CheckpointReader
 from dsgpt.checkpoint.store import find_checkpoint, load_state
 from dsgpt.distributed import World
-from dsgpt.errors import CheckpointError, ConfigError, DsgptError, LockedError, NoProgressError
+from dsgpt.errors import CheckpointError, ConfigError, DamagedError, DsgptError, LockedError, NoProgressError
 from dsgpt.optimizer import learning_rate
 from dsgpt.train.changes import changed_keys
 from dsgpt.train.folder import versions
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
 class Continuation:
     """Where a start continues: `checkpoint` None is step 0; `forked` says that it is another run's.
 
-    `failed_starts` in a row ended before this one without a new checkpoint.
+    `older` checkpoints, oldest first, may do where this one turns out damaged while it is read. `failed_starts` in a row
+    ended before this one without a new checkpoint.
     """
 
     checkpoint: Path | None
     forked: bool = False
     failed_starts: int = 0
+    older: tuple[tuple[int, Path], ...] = ()
 
 
 def open_run(plan: ResolvedRun, world: World, log: RunLog) -> Continuation:
@@ -62,13 +65,22 @@ def open_run(plan: ResolvedRun, world: World, log: RunLog) -> Continuation:
         do = "resume=<one of these>, or leave it out to continue from the newest"
         raise CheckpointError(f"no committed checkpoint of step {step}", seen=f"{folder} has: {there}", do=do)
     checkpoint, rejected = find_checkpoint(wanted, world, plan.config.checkpoint.verify)
-    for reason in rejected:
-        log.event("checkpoint_rejected", f"warning: passed over a damaged checkpoint: {reason}", reason=reason)
+    _tell_rejected(log, rejected)
     if checkpoint is None and mode == "must":
         raise CheckpointError("resume=must, but nothing is committed", seen=str(folder), do="resume=auto to start at 0")
     if checkpoint is None and candidates is not None and world.restarts:
         log.event("nothing_committed", "requeued before anything was committed: starting at step 0")
-    return Continuation(checkpoint, failed_starts=failed)
+    return Continuation(checkpoint, failed_starts=failed, older=_older(wanted, checkpoint))
+
+
+def _tell_rejected(log: RunLog, rejected: Sequence[str]) -> None:
+    for reason in rejected:
+        log.event("checkpoint_rejected", f"warning: passed over a damaged checkpoint: {reason}", reason=reason)
+
+
+def _older(candidates: Sequence[tuple[int, Path]], checkpoint: Path | None) -> tuple[tuple[int, Path], ...]:
+    paths = [path for _, path in candidates]
+    return tuple(candidates[: paths.index(checkpoint)]) if checkpoint in paths else ()
 
 
 def find_source(text: str, world: World, mode: str) -> Path:
@@ -145,11 +157,8 @@ def last_good(run: Run) -> Continuation:
     told = run.world.broadcast_object(committed and [(step, str(path)) for step, path in committed])
     candidates = [(step, Path(path)) for step, path in told]
     checkpoint, rejected = find_checkpoint(candidates, run.world, run.plan.config.checkpoint.verify)
-    for reason in rejected:
-        run.log.event("checkpoint_rejected", f"warning: passed over a damaged checkpoint: {reason}", reason=reason)
-    if checkpoint is not None:
-        set_later_steps_aside(run, checkpoint)
-    return Continuation(checkpoint)
+    _tell_rejected(run.log, rejected)
+    return Continuation(checkpoint, older=_older(candidates, checkpoint))
 
 
 def set_later_steps_aside(run: Run, checkpoint: Path) -> None:
@@ -175,9 +184,38 @@ def set_later_steps_aside(run: Run, checkpoint: Path) -> None:
 
 
 def restore(run: Run, continuation: Continuation) -> None:
-    """Bring weights, moments, counters and loss scale back. Raises CheckpointError where the samples would be others."""
+    """Bring weights, moments, counters and loss scale back, from an older checkpoint where this one turns out damaged.
+
+    The run's own later checkpoints are set aside. Raises CheckpointError where none is intact, or the samples would be others.
+    """
+    damaged: list[str] = []
+    while True:
+        try:
+            _restore(run, continuation)
+            break
+        except DamagedError as error:
+            assert continuation.checkpoint is not None
+            damaged.append(f"{continuation.checkpoint.name}: {' '.join(str(error).split())}")
+            if not continuation.older:
+                raise CheckpointError(
+                    "no committed checkpoint is intact" if len(damaged) > 1 else "the checkpoint is damaged",
+                    seen="; ".join(damaged),
+                    do="restore the files, or another step (dsgpt checkpoint verify RUN_DIR), or begin again in a new "
+                    "run.output_dir",
+                ) from error
+        _tell_rejected(run.log, damaged[-1:])
+        checkpoint, rejected = find_checkpoint(continuation.older, run.world, run.plan.config.checkpoint.verify)
+        damaged += rejected
+        _tell_rejected(run.log, rejected)
+        continuation = replace(continuation, checkpoint=checkpoint, older=_older(continuation.older, checkpoint))
+    if not continuation.forked:
+        assert continuation.checkpoint is not None
+        set_later_steps_aside(run, continuation.checkpoint)
+
+
+def _restore(run: Run, continuation: Continuation) -> None:
     assert continuation.checkpoint is not None
-    reader = CheckpointReader(continuation.checkpoint)
+    reader = CheckpointReader(continuation.checkpoint, check=run.plan.config.checkpoint.verify == "hash")
     if continuation.forked:
         _list_fork(run, continuation.checkpoint, reader.manifest)
     _continue_order(run, continuation, reader.manifest)

@@ -1,4 +1,4 @@
-"""Committing the current step, and what stays on the disk afterwards.
+"""Saving the current step, committing it now or when its files are written, and what stays on the disk afterwards.
 
 A save that fails is reported and training goes on, unless the run ends here or it is the third in a row. Retention runs on
 rank 0 after the commit.
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsgpt.checkpoint import retention
-from dsgpt.checkpoint.store import save_checkpoint
 from dsgpt.errors import SaveError
 from dsgpt.train.folder import versions
 from dsgpt.train.order import data_identity
@@ -49,32 +48,55 @@ class Controls:
 
 
 def save(run: Run, required: bool) -> None:
-    """Commit the current step on all ranks, then delete what the settings do not keep.
+    """Save the current step on all ranks; with checkpoint.asynchronous it is committed later, unless it is `required`.
 
     Raises SaveError where the save fails and is `required` or the third in a row; LockedError where the folder was lost.
     """
+    finish_save(run)
     if run.last_committed == run.state.step:
         return
     began = time.perf_counter()
     run.enter("save", 3)
     try:
-        path, retries = save_checkpoint(
-            run.engine, run.world, run.checkpoints_dir, run.world.attempt, manifest(run), run.guard
-        )
+        run.saver.begin(manifest(run), run.world.attempt, wait=required)
     except SaveError as error:
-        run.failed_saves += 1
-        run.log.event("save_failed", f"warning: {error}", step=run.state.step, in_a_row=run.failed_saves)
-        if required or run.failed_saves >= MAX_CONSECUTIVE_FAILED_SAVES:
-            raise
+        _failed(run, error, required, run.state.step)
         return
-    run.last_committed, run.failed_saves, run.saved_at = run.state.step, 0, time.monotonic()
+    run.saved_at = time.monotonic()
+    if run.saver.asynchronous and not required:
+        seconds = time.perf_counter() - began
+        run.log.event("saving", step=run.state.step, stall_seconds=seconds)
+    else:
+        finish_save(run, required)
+
+
+def finish_save(run: Run, required: bool = False) -> None:
+    """Wait for the save that is under way, where one is, commit it, and delete what the settings do not keep."""
+    pending = run.saver.pending
+    if pending is None:
+        return
+    began = time.perf_counter()
+    run.enter("save", 3)
+    try:
+        saved = run.saver.finish()
+    except SaveError as error:
+        _failed(run, error, required, pending.step)
+        return
+    run.last_committed, run.failed_saves = saved.step, 0
     run.committed_here, run.spikes.rollbacks = True, 0
-    if retries:
-        text = f"warning: {retries} writes of step {run.state.step} failed and were tried again with success"
-        run.log.event("save_retried", text, step=run.state.step, retries=retries)
-    seconds = time.perf_counter() - began
-    run.log.event("committed", f"committed {path} in {seconds:.1f} s", step=run.state.step, seconds=seconds)
+    if saved.retries:
+        text = f"warning: {saved.retries} writes of step {saved.step} failed and were tried again with success"
+        run.log.event("save_retried", text, step=saved.step, retries=saved.retries)
+    if saved.takeovers:
+        text = f"warning: {saved.takeovers} writer processes were lost; the ranks wrote step {saved.step} themselves"
+        text += " and save synchronously from now on"
+        run.log.event("save_writer_lost", text, step=saved.step, writers=saved.takeovers)
+    stall = time.perf_counter() - began
+    text = f"committed {saved.path} in {saved.seconds:.1f} s"
+    run.log.event("committed", text, step=saved.step, seconds=saved.seconds, stall_seconds=stall)
     if run.world.is_main:
+        if run.evaluated and run.evaluated[0] == saved.step:
+            record_evaluation(run, *run.evaluated)
         settings = run.plan.config.checkpoint
         try:
             deleted = retention.prune(run.checkpoints_dir, settings.keep_last, settings.keep_every, settings.keep_best)
@@ -86,11 +108,19 @@ def save(run: Run, required: bool) -> None:
     run.world.barrier()
 
 
-def record_evaluation(run: Run, result: dict[str, Any]) -> None:
-    """Keep the validation result with the checkpoint of this step, where there is one. Rank 0 only."""
-    if run.world.is_main and run.last_committed == run.state.step:
+def _failed(run: Run, error: SaveError, required: bool, step: int) -> None:
+    run.failed_saves += 1
+    run.log.event("save_failed", f"warning: {error}", step=step, in_a_row=run.failed_saves)
+    if required or run.failed_saves >= MAX_CONSECUTIVE_FAILED_SAVES:
+        raise error
+
+
+def record_evaluation(run: Run, step: int, result: dict[str, Any]) -> None:
+    """Keep the validation result with the checkpoint of its step, where there is one, or as soon as there is. Rank 0."""
+    run.evaluated = step, result
+    if run.world.is_main and run.last_committed == step:
         try:
-            retention.record_evaluation(run.checkpoints_dir / f"step-{run.state.step:08d}", result)
+            retention.record_evaluation(run.checkpoints_dir / f"step-{step:08d}", result)
         except OSError as error:
             run.log.event("evaluation_not_kept", f"warning: the evaluation was not kept with its checkpoint: {error}")
 

@@ -26,11 +26,15 @@ _MASK_64 = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Wishes:
-    """What ranks want to happen after a step: a stop from outside, a stop by the operator, a checkpoint."""
+    """What ranks want to happen after a step: a stop from outside, a stop by the operator, a checkpoint.
+
+    `writing`: a rank's files of the checkpoint under way are not written yet.
+    """
 
     preempt: bool = False
     stop: bool = False
     save: bool = False
+    writing: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def train_step(
         last = micro_step == len(micro_batches) - 1
         loss_sum += engine.forward_backward(to_tensors(arrays, world.device), targets, last)
     local_loss = float(loss_sum)
-    total, crcs, *wanted = world.sum(local_loss, crc, wishes.preempt, wishes.stop, wishes.save)
+    total, crcs, *wanted = world.sum(local_loss, crc, wishes.preempt, wishes.stop, wishes.save, wishes.writing)
     result = engine.step(lr) if math.isfinite(total) else engine.discard()
     return StepReport(
         total / targets,

@@ -115,5 +115,5 @@ def test_a_reader_whose_checkpoint_is_deleted_meanwhile_reads_nothing_else(tmp_p
     write(2)
     assert retention.prune(tmp_path, 1) == [1]
     assert whole.tensor("w").tolist() == expected, "open files outlive their folder"
-    with pytest.raises(CheckpointError, match="a partition cannot be opened"):
+    with pytest.raises(CheckpointError, match="a file of the checkpoint cannot be opened"):
         late.tensor("w")

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from dsgpt.checkpoint import commit, store
+from dsgpt.checkpoint import commit, saver
 from dsgpt.checkpoint.reader import MASTER, CheckpointReader
 from dsgpt.config import fill_deepspeed, load_config
 from dsgpt.distributed import World
@@ -184,10 +184,10 @@ def save_with_a_slow_rank(world: World, yaml: Path, folder: Path, barrier: bool)
     Without `barrier` rank 0 takes its own part for the whole, as a protocol does that commits before all have told.
     """
     found: list[str] = []
-    gather, write, rename = World.gather_objects, store._write_partition, commit.commit
+    gather, write, rename = World.gather_objects, saver.write_file, commit.commit
 
     def own_part_only(self: World, value: Any) -> Any:
-        if not (isinstance(value, tuple) and len(value) == 4):
+        if not isinstance(value, saver._Part):
             return gather(self, value)
         return [value] * self.size if self.is_main else None
 
@@ -205,7 +205,7 @@ def save_with_a_slow_rank(world: World, yaml: Path, folder: Path, barrier: bool)
     plan = resolve_run(load_config([yaml], overrides).config, world_size=world.size, device="cpu")
     with (
         mock.patch.object(World, "gather_objects", gather if barrier else own_part_only),
-        mock.patch.object(store, "_write_partition", slowly),
+        mock.patch.object(saver, "write_file", slowly),
         mock.patch.object(commit, "commit", look),
         contextlib.redirect_stdout(io.StringIO()),
     ):

@@ -244,7 +244,7 @@ def many_ranks(folder: Path) -> tuple[float, int, float]:
 
     The files are small, because what rank 0 does with another rank's file is to write down what that rank told it.
     """
-    from dsgpt.checkpoint.store import _index
+    from dsgpt.checkpoint.saver import _index
     from dsgpt.distributed import World
 
     ranges, world = _ranges(NUM_RANKS), World(size=NUM_RANKS)

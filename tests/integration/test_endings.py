@@ -157,8 +157,8 @@ elif kind == "save":
         if rank == "1":
             raise RuntimeError("this rank cannot write")
         return original(*arguments)
-    from dsgpt.checkpoint import store
-    original, store._write_partition = store._write_partition, broken
+    from dsgpt.checkpoint import saver
+    original, saver.write_file = saver.write_file, broken
 else:
     loop.train_step = faulty(loop.train_step)
 main(sys.argv[1:])
