@@ -1,0 +1,95 @@
+"""State files against the safetensors library, and every damage to them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dsgpt.checkpoint.files import BLOCK_BYTES, Layout, StateFile, write_file
+from dsgpt.checkpoint.reader import DTYPE_NAMES, bytes_of
+from dsgpt.errors import DamagedError
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(3)
+    values = {
+        "master:w": torch.randn(3 * BLOCK_BYTES // 4 + 17, generator=generator),
+        "exp_avg:w": torch.randn(BLOCK_BYTES // 4, generator=generator),
+        "one": torch.randn(1, generator=generator),
+        "none": torch.empty(0),
+        "half": torch.randn(5001, generator=generator).bfloat16(),
+        "buffer:count": torch.tensor(7),
+        "buffer:mask": torch.tensor([[True, False], [False, True]]),
+    }
+    return values
+
+
+def write(path, values):
+    layout = Layout([(n, DTYPE_NAMES[v.dtype], tuple(v.shape)) for n, v in values.items()], {"starts": '{"w": 0}'})
+    entry = write_file(path, layout.header, (bytes_of(values[name]) for name in layout.ranges))
+    assert layout.size == entry["bytes"] == path.stat().st_size
+    return layout, entry
+
+
+def read(file, name, value, start=0, stop=None):
+    into = memoryview(bytearray((value.nbytes if stop is None else stop) - start))
+    file.read(name, start, start + len(into), into)
+    return bytes(into)
+
+
+def test_the_safetensors_library_reads_the_same_values(tmp_path):
+    values = tensors()
+    write(tmp_path / "f", values)
+    theirs = load_file(tmp_path / "f")
+    assert theirs.keys() == values.keys() | {"checksums"}
+    assert all(theirs[name].dtype == values[name].dtype and theirs[name].equal(values[name]) for name in values)
+
+
+def test_any_range_has_its_bytes_and_costs_at_most_a_block_at_each_end(tmp_path):
+    values, rng = tensors(), random.Random(5)
+    _, entry = write(tmp_path / "f", values)
+    file = StateFile(tmp_path / "f", entry)
+    for _ in range(300):
+        name = rng.choice([*values])
+        whole = bytes(bytes_of(values[name]))
+        start, stop = sorted(rng.randint(0, len(whole)) for _ in range(2))
+        before = file.bytes_read
+        assert read(file, name, values[name], start, stop) == whole[start:stop]
+        assert file.bytes_read - before <= stop - start + 2 * BLOCK_BYTES
+    with pytest.raises(DamagedError, match="outside"):
+        read(file, "one", values["one"], 0, 5)
+    with pytest.raises(DamagedError, match="lacks a tensor"):
+        read(file, "two", values["one"])
+
+
+def test_every_flipped_bit_is_found_by_who_reads_it_and_every_cut(tmp_path):
+    values, rng, path = tensors(), random.Random(7), tmp_path / "f"
+    layout, entry = write(path, values)
+    whole = path.read_bytes()
+    places = [rng.randrange(8 * len(whole)) for _ in range(400)] + list(range(0, 8 * len(layout.header), 61))
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedError):
+            file = StateFile(path, entry)
+            for name, value in values.items():
+                read(file, name, value)
+    for size in (0, 5, 8, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(DamagedError):
+            file = StateFile(path, entry)
+            for name, value in values.items():
+                read(file, name, value)
+
+
+def test_a_whole_file_of_another_checkpoint_is_not_taken(tmp_path):
+    values = tensors()
+    _, entry = write(tmp_path / "f", values)
+    values["one"] += 1
+    write(tmp_path / "f", values)
+    with pytest.raises(DamagedError, match="not those of the manifest"):
+        StateFile(tmp_path / "f", entry)
