@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import threading
+from unittest import mock
 
 import pytest
 
@@ -178,21 +179,19 @@ def copied(plain, write_run, tmp_path):
 
 def read_with_errors(world, yaml, name, number, count):
     """A start whose reads of the newest step's file `name` fail so many times on rank 1, or on rank 0 for a manifest."""
-    real, left = open, [count if world.rank == (name != commit.MANIFEST) else 0]
+    left = [count if world.rank == (name != commit.MANIFEST) else 0]
 
-    def fails(path, *arguments, **named):
-        if str(path).endswith(f"step-00000003/{name}") and left[0] > 0:
-            left[0] -= 1
-            raise OSError(number, os.strerror(number), str(path))
-        return real(path, *arguments, **named)
+    def failing(real):
+        def fails(path, *arguments, **named):
+            if str(path).endswith(f"step-00000003/{name}") and left[0] > 0:
+                left[0] -= 1
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, *arguments, **named)
 
-    import io
+        return fails
 
-    io.open = fails
-    try:
+    with mock.patch("io.open", failing(open)), mock.patch("os.open", failing(os.open)):
         return train(world, yaml, ["training.max_steps=4"], "b")
-    finally:
-        io.open = real
 
 
 @pytest.mark.parametrize("name", [commit.MANIFEST, "rank-00001.safetensors"])
