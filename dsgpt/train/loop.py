@@ -203,7 +203,7 @@ def _run_steps(run: Run) -> None:
                 seed=seed,
                 step=run.state.step,
                 lr=run.learning_rate,
-                wishes=_wishes(run),
+                ask=lambda: _wishes(run),
             )
             _count(run, report, start)
             if meter.steps == 0:

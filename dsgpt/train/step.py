@@ -120,9 +120,12 @@ def train_step(
     seed: int,
     step: int,
     lr: float,
-    wishes: Wishes,
+    ask: Callable[[], Wishes],
 ) -> StepReport:
-    """Forward and backward for each micro-batch, then one update. `wishes` are this rank's; the report has everyone's."""
+    """Forward and backward for each micro-batch, then one update.
+
+    `ask` tells this rank's wishes, as late as they can be agreed on; the report has everyone's.
+    """
     local_targets = sum(int((arrays["labels"] != -100).sum()) for arrays in micro_batches)
     (targets,) = world.sum(local_targets)
     loss_sum = torch.zeros((), device=world.device)
@@ -132,7 +135,7 @@ def train_step(
         seed_micro_step(seed, step, world.rank, micro_step)
         last = micro_step == len(micro_batches) - 1
         loss_sum += engine.forward_backward(to_tensors(arrays, world.device), targets, last)
-    local_loss = float(loss_sum)
+    local_loss, wishes = float(loss_sum), ask()
     total, crcs, *wanted = world.sum(local_loss, crc, wishes.preempt, wishes.stop, wishes.save, wishes.writing)
     result = engine.step(lr) if math.isfinite(total) else engine.discard()
     return StepReport(
