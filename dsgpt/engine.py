@@ -99,6 +99,7 @@ class Engine(PartitionedState):
         for name, buffer in self.module.named_buffers():
             buffer.data = buffer.data.to(buffer_types[name])  # DeepSpeed casts running statistics to bf16 with the rest
         self._buffers_before = self._copy_buffers()
+        self._whole_masters = {}
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
@@ -154,7 +155,8 @@ class Engine(PartitionedState):
 
     def _step_without_zero(self) -> StepResult:
         """Stage 0 has no finite check of its own: look at the (already averaged) gradients first."""
-        norm = float(torch.nn.utils.get_total_norm(self._gradients()))
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in self._gradients()]
+        norm = float(torch.linalg.vector_norm(torch.stack(norms)))
         if not math.isfinite(norm):
             self._engine.zero_grad()
             self._engine.micro_steps += 1
@@ -230,7 +232,7 @@ class Engine(PartitionedState):
         """The whole fp32 master of a parameter on every rank (a collective; tests and small models)."""
         parameter = self._parameters[name]
         if self.stage == 0:
-            return parameter.detach().float().clone()
+            return self._whole_master(name).detach().clone()
         return deepspeed.utils.safe_get_full_fp32_param(parameter)
 
     def peak_memory_bytes(self) -> int:

@@ -45,10 +45,22 @@ class PartitionedState:
     _parameters: dict[str, nn.Parameter]  # trained; shared (tied) ones once, under their first name
     _frozen: dict[str, nn.Parameter]
     _buffers_before: dict[str, Tensor]
+    _whole_masters: dict[int, Tensor]
 
     @property
     def _torch_optimizer(self) -> torch.optim.Optimizer:
-        return self._optimizer if self.stage == 0 else self._optimizer.optimizer
+        return getattr(self._optimizer, "optimizer", self._optimizer)  # stage 0 in fp32 has no optimizer around it
+
+    def _whole_master(self, name: str) -> Tensor:
+        """The fp32 master of a parameter at stage 0: itself, or in bf16 the copy that DeepSpeed keeps of each."""
+        parameter = self._parameters[name]
+        if not hasattr(self._optimizer, "fp32_groups"):
+            return parameter
+        if not self._whole_masters:
+            working = [p for group in self._optimizer.fp16_groups for p in group]
+            masters = [p for group in self._optimizer.fp32_groups for p in group]
+            self._whole_masters = {id(p): master for p, master in zip(working, masters, strict=True)}
+        return self._whole_masters[id(parameter)]
 
     @property
     def state_kinds(self) -> tuple[str, ...]:
@@ -102,7 +114,7 @@ class PartitionedState:
         group's step, when the other groups have none yet, and never again.
         """
         group, offset = self._place(fragment)
-        flat = self._parameters[fragment.name] if self.stage == 0 else self._flat_partitions()[group]
+        flat = self._whole_master(fragment.name) if self.stage == 0 else self._flat_partitions()[group]
         whole = flat if kind == MASTER else self._torch_optimizer.state[flat][kind]
         return whole.data.view(-1).narrow(0, offset, fragment.numel)
 
@@ -208,7 +220,10 @@ class PartitionedState:
 
     def _refresh_working_copies(self) -> None:
         """Make the weights used in the forward pass equal to the fp32 masters, as after an optimizer step."""
-        if self.stage in (1, 2):
+        if self.stage == 0:
+            for name, parameter in self._parameters.items():
+                parameter.data.copy_(self._whole_master(name))
+        elif self.stage in (1, 2):
             self._optimizer.update_lp_params()
         elif self.stage == 3:
             for sub_group in range(len(self._optimizer.fp16_groups)):

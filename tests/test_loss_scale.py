@@ -17,10 +17,10 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from dsgpt.config import fill_deepspeed, load_config
-from dsgpt.engine import MASTER
 from dsgpt.errors import ConfigError, DsgptError, NumericalError
 from dsgpt.loss_scale import LossScale
 from dsgpt.model.gpt import GPT
+from dsgpt.partitioned import MASTER
 from dsgpt.process import StopRequest
 from dsgpt.train.left_out import LeftOutSteps
 from dsgpt.train.resolve import resolve_run

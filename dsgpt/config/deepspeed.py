@@ -186,7 +186,7 @@ def _fill_defaults(filled: dict[str, Any], dtype: str, stage: int, num_parameter
     if isinstance(types, dict) and types.get("grad_accum_dtype", "auto") == "auto" and dtype != "fp32" and stage > 0:
         types["grad_accum_dtype"] = "fp32"
     # So does a sum over many ranks; DeepSpeed would round to 16 bits before it adds.
-    if dtype != "fp32" and stage > 0 and filled.get("communication_data_type", "auto") == "auto":
+    if dtype != "fp32" and filled.get("communication_data_type", "auto") == "auto":
         filled["communication_data_type"] = "fp32"
     zero = filled.get("zero_optimization")
     if isinstance(zero, dict) and zero.get("reduce_bucket_size") == "auto":
@@ -217,12 +217,14 @@ def _check_meaning(filled: dict[str, Any], world_size: int, dtype: str, stage: i
         if device in ("cpu", "nvme") and stage < lowest:
             what = f"{here} to {device} needs ZeRO stage {lowest} or more"
             problems.append(Problem(what, f"stage {stage}", "raise the stage or remove the section"))
-    if stage == 0 and dtype != "fp32":
-        what = f"ZeRO stage 0 would sum gradients in {dtype}"
-        do = "deepspeed=zero1 (the same memory on one GPU, sums in fp32), or training.dtype=fp32"
-        problems.append(Problem(what, f"training.dtype={dtype}, stage 0", do))
     types = filled.get("data_types")
     sums = types.get("grad_accum_dtype", "auto") if isinstance(types, dict) else "auto"
+    if stage == 0 and dtype != "fp32" and not sums == dtype == "bf16":
+        what = f"ZeRO stage 0 would sum gradients in {dtype}"
+        do = "deepspeed=zero1 (the same memory on one GPU, sums in fp32), or training.dtype=fp32"
+        if dtype == "bf16":
+            do += ', or accept it: "data_types": {"grad_accum_dtype": "bf16"} in a copy of the file'
+        problems.append(Problem(what, f"training.dtype={dtype}, stage 0", do))
     if stage == 0 and sums not in ("auto", dtype):
         what = "data_types.grad_accum_dtype other than the run's dtype needs ZeRO stage 1 or more"
         problems.append(Problem(what, f"{sums} with {dtype} at stage 0", 'write "auto"'))

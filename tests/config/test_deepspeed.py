@@ -95,6 +95,14 @@ def test_stage_0_which_would_sum_gradients_in_16_bits_is_refused(dtype: str) -> 
         fill_deepspeed(resolved("zero0", dtype), world_size=8)
 
 
+def test_stage_0_in_bf16_runs_where_the_file_accepts_its_sums(tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text(json.dumps({"data_types": {"grad_accum_dtype": "bf16"}}))
+    filled = fill_deepspeed(resolved(str(tmp_path / "own.json"), "bf16"), world_size=8)
+    assert filled["data_types"] == {"grad_accum_dtype": "bf16"} and filled["communication_data_type"] == "fp32"
+    with pytest.raises(ConfigError, match="stage 0 would sum gradients in fp16"):
+        fill_deepspeed(resolved(str(tmp_path / "own.json"), "fp16"), world_size=8)
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_batch_optimizer_and_precision_stay_auto_in_the_files(name: str) -> None:
     raw = json.loads((shipped_folder("ds_configs") / f"{name}.json").read_text())
