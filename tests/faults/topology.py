@@ -1,0 +1,126 @@
+"""A run saved on any number of ranks, at any ZeRO stage, continues on any other, with the same state to the last bit.
+
+python -m tests.faults topology           all 288 cells, the controls, bytes and memory; --trials has no meaning
+
+{1, 2, 4 ranks} x {stage 0, 1, 2, 3} -> the same twelve, in fp32 and bf16. Each of the 24 sources trains three steps and
+writes down all of its state as DeepSpeed's own calls gather it (_topology.py). Each cell is a fresh engine of another seed,
+which loads the source's checkpoint, is gathered in the same way and compared bit for bit on every rank: masters, moments,
+working copies, frozen parameters, running statistics, step count. Then the first losses (training, and evaluation, which
+uses the running statistics) must be the source's, and two more steps must be applied.
+
+Trade-off: ranks live in one pool per world size, because starting DeepSpeed costs more than a cell; an engine per cell, so
+that no cell finds anything in place that an earlier load has brought.
+
+Bytes and host memory are measured with 5 M parameters: in the small model's cells headers and checksums would be most of
+what is read. Growth: what a cell proves does not depend on the number of ranks, because a rank asks for its own ranges only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from pathlib import Path
+
+from tests.faults._topology import LARGE, MUTATIONS, Cell, Found, controls, load_cell, load_large, save_cell
+from tests.frame import Outcome, Row
+
+WORLDS, STAGES, DTYPES = (1, 2, 4), (0, 1, 2, 3), ("fp32", "bf16")
+LOSS_ERROR = {"fp32": 1e-5, "bf16": 2e-3}
+LARGE_CELLS = [
+    (Cell(4, 3, "fp32"), Cell(2, 3, "fp32")),
+    (Cell(4, 2, "fp32"), Cell(2, 2, "fp32")),
+    (Cell(2, 2, "fp32"), Cell(4, 3, "fp32")),
+    (Cell(2, 3, "fp32"), Cell(4, 0, "fp32")),
+    (Cell(4, 3, "bf16"), Cell(1, 1, "bf16")),
+]
+SECONDS = 900.0
+
+
+def run_controls(root: Path, source: Cell, targets: list[Cell]) -> dict[tuple[Cell, str], bool]:
+    """(target, mutation) -> whether at least one rank found what was forgotten."""
+    from tests.pool import ranks
+
+    found = {}
+    for target in targets:
+        on_ranks = ranks(target.world).run(controls, root, source, target, timeout=SECONDS)
+        found |= {(target, name): any(one[name] for one in on_ranks) for name in on_ranks[0]}
+    return found
+
+
+def run_cells(root: Path, cells: list[tuple[Cell, Cell]]) -> dict[tuple[Cell, Cell], list[Found]]:
+    """Save every source once, load every cell; {(source, target): what each rank found}."""
+    from tests.pool import ranks
+
+    for source in dict.fromkeys(source for source, _ in cells):
+        for changed in ranks(source.world).run(save_cell, root, source, timeout=SECONDS):
+            assert not changed, f"{source}: saving changed {changed}"
+    return {
+        (source, target): ranks(target.world).run(load_cell, root, source, target, timeout=SECONDS)
+        for source, target in cells
+    }
+
+
+def run_large(root: Path) -> list[Row]:
+    """Bytes read by all ranks, and host memory beside the engine's own, with a model that is larger than headers are."""
+    from tests.pool import ranks
+
+    rows = []
+    for source in dict.fromkeys(source for source, _ in LARGE_CELLS):
+        ranks(source.world).run(save_cell, root, source, LARGE, timeout=SECONDS)
+    for source, target in LARGE_CELLS:
+        found = ranks(target.world).run(load_large, root, source, target, timeout=SECONDS)
+        wrong = sum(len(one.differences) for one in found)
+        read, needed = sum(one.bytes_read for one in found), sum(one.bytes_needed for one in found)
+        peak = max(found, key=lambda one: one.peak_bytes / one.peak_allowed)
+        label, note = f"{source} -> {target}", f"{read / 1e6:.1f} MB of {needed / 1e6:.1f}; {wrong} tensors differ"
+        # Less than 1 would be reading that is not counted.
+        rows.append(Row(f"bytes read / needed: {label}", read / needed, at_most=1.1, at_least=1.0, note=note))
+        note = f"{peak.peak_bytes / 1e6:.1f} MB of {peak.peak_allowed / 1e6:.1f} (own partition and one tensor)"
+        rows.append(Row(f"host memory / allowed: {label}", peak.peak_bytes / peak.peak_allowed, at_most=1.0, note=note))
+        rows.append(Row(f"tensors that differ: {label}", wrong, at_most=0))
+    return rows
+
+
+def all_cells() -> list[tuple[Cell, Cell]]:
+    """Sources and targets of the same precision."""
+    topologies = list(itertools.product(WORLDS, STAGES))
+    return [
+        (Cell(*source, dtype), Cell(*target, dtype))
+        for dtype in DTYPES
+        for target in topologies
+        for source in topologies
+    ]
+
+
+def run(trials: int | None, seed: int) -> Outcome:
+    """Everything once; there is nothing random in it."""
+    from tests.pool import close_all
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with tempfile.TemporaryDirectory(prefix="dsgpt-topology-") as name:
+        root, cells = Path(name), all_cells()
+        found = run_cells(root / "small", cells)
+        different = {pair: sorted({d for one in ranks for d in one.differences}) for pair, ranks in found.items()}
+        for (source, target), names in different.items():
+            if names:
+                print(f"{source} -> {target}: {len(names)} differ: {', '.join(names[:6])}")
+        rows = [
+            Row("cells equal", sum(not names for names in different.values()), at_least=len(cells), note=f"of {len(cells)}")
+        ]
+        for dtype in DTYPES:
+            errors = {pair: max(one.loss_error for one in ranks) for pair, ranks in found.items() if pair[0].dtype == dtype}
+            worst = max(errors, key=lambda pair: errors[pair])
+            note = f"{worst[0]} -> {worst[1]}"
+            rows.append(Row(f"first loss, {dtype}, worst", errors[worst], "relative", at_most=LOSS_ERROR[dtype], note=note))
+        targets = [Cell(2, stage, dtype) for dtype in DTYPES for stage in STAGES]
+        caught = {}
+        for dtype in DTYPES:
+            mine = [target for target in targets if target.dtype == dtype]
+            caught |= run_controls(root / "small", Cell(4, 2, dtype), mine)
+        overlooked = ", ".join(f"{name} ({target})" for (target, name), seen in caught.items() if not seen)
+        note = f"overlooked: {overlooked or 'none'}; forgotten: {', '.join(MUTATIONS)}"
+        rows.append(Row("controls caught", sum(caught.values()), at_least=len(caught), note=note))
+        rows += run_large(root / "large")
+        close_all()
+    return Outcome(rows, len(cells))
