@@ -70,7 +70,11 @@ def construct(build: Callable[[], nn.Module], deepspeed_config: Mapping[str, Any
     if deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
         context = deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_config))
     with context:
-        return build()
+        module = build()
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()  # ZeRO-3 makes running statistics in bf16 with the rest; 0 and 1 are exact
+    return module
 
 
 class Engine(PartitionedState):
