@@ -73,7 +73,9 @@ def construct(build: Callable[[], nn.Module], deepspeed_config: Mapping[str, Any
         module = build()
     for buffer in module.buffers():
         if buffer.is_floating_point():
-            buffer.data = buffer.data.float()  # ZeRO-3 makes running statistics in bf16 with the rest; 0 and 1 are exact
+            buffer.data = (
+                buffer.data.float()
+            )  # ZeRO-3 makes running statistics in bf16 with the rest; 0 and 1 are exact
     return module
 
 

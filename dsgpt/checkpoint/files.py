@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from dsgpt.checkpoint.commit import fsync_path, retrying
+from dsgpt.checkpoint.ranges import widened
 from dsgpt.errors import DamagedError
 
 BLOCK_BYTES = 16384
@@ -167,11 +168,11 @@ class StateFile:
         first, last = self._table[name]["data_offsets"]
         if not 0 <= start <= stop <= last - first:
             raise DamagedError("a range lies outside a tensor", seen=f"{name} in {self.path}: {start} to {stop}")
-        at = start - start % BLOCK_BYTES if self._check else start
+        at = start
         while at < stop:
             end = min(at + CHUNK_BYTES, stop)
             if self._check:
-                end = min(-(-end // BLOCK_BYTES) * BLOCK_BYTES, last - first)
+                at, end = widened(at, end, last - first, BLOCK_BYTES)
             data = memoryview(self._pread(self._data + first + at, end - at))
             if self._check:
                 self._compare(name, at, data)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dsgpt.checkpoint import commit
 from dsgpt.checkpoint.files import StateFile
+from dsgpt.checkpoint.ranges import overlaps
 from dsgpt.errors import CheckpointError, DamagedError
 
 MASTER = "master"
@@ -72,14 +73,6 @@ class CheckpointReader:
     def bytes_read(self) -> int:
         return sum(file.bytes_read for file in self._open.values())
 
-    def _fragments(self, entry: dict[str, Any], start: int, numel: int) -> list[tuple[int, int, int]]:
-        """(rank, first element, elements) of the saved pieces that may hold the range."""
-        if "fragments" in entry:
-            return [tuple(fragment) for fragment in entry["fragments"]]
-        total, piece = math.prod(entry["shape"]), entry["piece"]
-        ranks = range(start // piece, -(-min(start + numel, total) // piece)) if piece else range(0)
-        return [(rank, rank * piece, min(piece, total - rank * piece)) for rank in ranks]
-
     def _file(self, name: str) -> StateFile:
         if name not in self._open:
             entry = self.manifest["files"].get(name)
@@ -101,12 +94,10 @@ class CheckpointReader:
         dtype = DTYPES[entry.get("dtype", "F32")]
         result, found = torch.empty(numel, dtype=dtype), 0
         memory, size = bytes_of(result), result.element_size()
-        for rank, have_start, have_numel in self._fragments(entry, start, numel):
-            low, high = max(start, have_start), min(start + numel, have_start + have_numel)
-            if low < high:
-                file, into = self._file(file_of(rank)), memory[(low - start) * size : (high - start) * size]
-                file.read(key, (low - have_start) * size, (high - have_start) * size, into)
-                found += high - low
+        for rank, low, high, begins in overlaps(entry, start, numel):
+            into = memory[(low - start) * size : (high - start) * size]
+            self._file(file_of(rank)).read(key, (low - begins) * size, (high - begins) * size, into)
+            found += high - low
         if found != numel:
             raise DamagedError("the checkpoint does not hold the whole parameter", seen=f"{name}: {found} of {numel}")
         return result.float()

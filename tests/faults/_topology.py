@@ -92,7 +92,9 @@ def build(cell: Cell, world: World, seed: int, model: ModelConfig = SMALL) -> En
             parameter.requires_grad_(False)
             if parameter.dim() == 1:
                 nn.init.normal_(parameter.data)
-    engine = Engine(module, build_optimizer(module, OptimizerSection(learning_rate=LEARNING_RATE, weight_decay=0.1)), config, world)
+    engine = Engine(
+        module, build_optimizer(module, OptimizerSection(learning_rate=LEARNING_RATE, weight_decay=0.1)), config, world
+    )
     engine.rehearse(batches(world, 99, model)[0])
     return engine
 
@@ -291,7 +293,11 @@ def _status(key: str) -> int:
 
 # ---- controls: a load that forgets one thing -------------------------------------------------------------------------
 
-TIED, FROZEN_MATRIX, FROZEN_VECTOR = "embed_tokens.weight", f"{FROZEN}mlp.up_proj.weight", f"{FROZEN}attention.o_proj.bias"
+TIED, FROZEN_MATRIX, FROZEN_VECTOR = (
+    "embed_tokens.weight",
+    f"{FROZEN}mlp.up_proj.weight",
+    f"{FROZEN}attention.o_proj.bias",
+)
 MATRIX, VECTOR, STATISTICS = "blocks.1.mlp.down_proj.weight", "blocks.1.mlp.up_proj.bias", "norm.running_var"
 Source = Callable[[Fragment, str], Tensor]
 
@@ -313,7 +319,9 @@ def _drop(kind: str, name: str) -> Callable[[Engine, World], Any]:
         def change(source: Source, fragment: Fragment, asked: str) -> Tensor:
             if (asked, fragment.name) != (kind, name):
                 return source(fragment, asked)
-            return (engine.read_frozen(fragment) if name in engine.frozen_shapes() else engine.read(fragment, kind)).clone()
+            return (
+                engine.read_frozen(fragment) if name in engine.frozen_shapes() else engine.read(fragment, kind)
+            ).clone()
 
         return _source(engine, change)
 
@@ -376,6 +384,4 @@ def controls(world: World, root: Path, source: Cell, target: Cell) -> dict[str, 
     """Each mutation that exists at this target, and whether the comparison finds on this rank what was forgotten."""
     without_copies = target.stage == 0 and target.dtype == "fp32"
     chosen = [name for name in MUTATIONS if not (without_copies and name == "working copies")]
-    return {
-        name: MUTATIONS[name][1] in load_cell(world, root, source, target, name).differences for name in chosen
-    }
+    return {name: MUTATIONS[name][1] in load_cell(world, root, source, target, name).differences for name in chosen}

@@ -106,13 +106,22 @@ def run(trials: int | None, seed: int) -> Outcome:
             if names:
                 print(f"{source} -> {target}: {len(names)} differ: {', '.join(names[:6])}")
         rows = [
-            Row("cells equal", sum(not names for names in different.values()), at_least=len(cells), note=f"of {len(cells)}")
+            Row(
+                "cells equal",
+                sum(not names for names in different.values()),
+                at_least=len(cells),
+                note=f"of {len(cells)}",
+            )
         ]
         for dtype in DTYPES:
-            errors = {pair: max(one.loss_error for one in ranks) for pair, ranks in found.items() if pair[0].dtype == dtype}
+            errors = {
+                pair: max(one.loss_error for one in ranks) for pair, ranks in found.items() if pair[0].dtype == dtype
+            }
             worst = max(errors, key=lambda pair: errors[pair])
             note = f"{worst[0]} -> {worst[1]}"
-            rows.append(Row(f"first loss, {dtype}, worst", errors[worst], "relative", at_most=LOSS_ERROR[dtype], note=note))
+            rows.append(
+                Row(f"first loss, {dtype}, worst", errors[worst], "relative", at_most=LOSS_ERROR[dtype], note=note)
+            )
         targets = [Cell(2, stage, dtype) for dtype in DTYPES for stage in STAGES]
         caught = {}
         for dtype in DTYPES:
