@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from dsgpt.checkpoint.ranges import overlaps, widened
@@ -20,7 +21,7 @@ def entry_of(rng: random.Random) -> dict:
         return {"shape": [total], "piece": rng.randint(1, total + 3)}
     cuts = sorted(rng.sample(range(total + 1), rng.randint(0, min(5, total))))
     edges = [0, *cuts, total]
-    pieces = [(a, b - a) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+    pieces = [(a, b - a) for a, b in itertools.pairwise(edges) if b > a]
     first = rng.randint(0, 3)
     return {"shape": [total], "fragments": [[first + n, start, numel] for n, (start, numel) in enumerate(pieces)]}
 
