@@ -53,24 +53,31 @@ sys.exit(main(sys.argv[1:]))
 
 
 class Job:
-    """One start of a run. Leaving the context kills what is left of it."""
+    """One start of a run, with `topology` = (ranks, DeepSpeed config). Leaving the context kills what is left of it."""
 
     def __init__(
-        self, yaml: Path, launcher: bool = False, fsync_seconds: float = 0.0, command: list[str] | None = None
+        self,
+        yaml: Path,
+        launcher: bool = False,
+        fsync_seconds: float = 0.0,
+        command: list[str] | None = None,
+        topology: tuple[int, str] | None = None,
     ):
+        world_size = topology[0] if topology else WORLD_SIZE
+        arguments = [str(yaml), *([f"deepspeed={topology[1]}"] if topology else [])]
         self.mark, self.launcher = secrets.token_hex(8), launcher
         self.began = time.monotonic()
         self.log = yaml.with_name(f"{yaml.stem}-{self.mark}.log")
-        rank_command = command or [sys.executable, "-c", RANK, str(yaml)]
+        rank_command = command or [sys.executable, "-c", RANK, *arguments]
         environment = {
             **os.environ, MARK: self.mark, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
             "FSYNC_SECONDS": str(fsync_seconds), "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "DSGPT_ATTEMPT": f"start-{self.mark}"}
-        group |= {"WORLD_SIZE": str(WORLD_SIZE), "LOCAL_SIZE": str(WORLD_SIZE)}
+        group |= {"WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size)}
         with self.log.open("wb") as log:
             if launcher:
-                supervisor = [sys.executable, "-m", "dsgpt", "train", str(yaml)]
+                supervisor = [sys.executable, "-m", "dsgpt", "train", *arguments, "--num-processes", str(world_size)]
                 self.processes = [subprocess.Popen(supervisor, stdout=log, stderr=log, env=environment)]
             else:
                 self.processes = [
@@ -80,7 +87,7 @@ class Job:
                         stderr=log,
                         env={**environment, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     )
-                    for rank in range(WORLD_SIZE)
+                    for rank in range(world_size)
                 ]
 
     def __enter__(self) -> Job:
@@ -153,7 +160,8 @@ def _is_helper(pid: int) -> bool:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return True
-    return b"dsgpt.watchdog" in command or b"deepspeed.launcher" in command
+    helpers = (b"dsgpt.watchdog", b"deepspeed.launcher", b"dsgpt.checkpoint.writer")
+    return any(name in command for name in helpers)
 
 
 # ---- what a run left ------------------------------------------------------------------------------------------------

@@ -121,11 +121,19 @@ def _unfinished(checkpoints: Path) -> set[str]:
         return set()
 
 
-def trial(yaml: Path, folder: Path, kill: Kill, reference: Reference, rng: random.Random, tally: Tally) -> list[int]:
+def trial(
+    yaml: Path,
+    folder: Path,
+    kill: Kill,
+    reference: Reference,
+    rng: random.Random,
+    tally: Tally,
+    topology: tuple[int, str] | None = None,
+) -> list[int]:
     """One start and its kill; the exit codes where the job ended by itself before. Broken promises go to the tally."""
     before, steps_before = newest_commit(folder), len(lines_of(folder / "metrics.jsonl"))
     first_steps = len(events(folder, "first_step"))
-    with Job(yaml, kill.launcher, FSYNC_SECONDS) as job:
+    with Job(yaml, kill.launcher, FSYNC_SECONDS, topology=topology) as job:
         life = reference.startup_seconds + reference.step_seconds * (MAX_STEPS - before)
         saves = lambda: _unfinished(folder / "checkpoints")  # noqa: E731
         running, rank = strike(job, kill, life, reference.save_seconds, saves, rng)
@@ -166,15 +174,25 @@ def _told_wrong(folder: Path, attempt: str, rank: int, codes: list[int], launche
 
 
 def attack(
-    yaml: Path, folder: Path, kills: Sequence[Kill] | int, reference: Reference, rng: random.Random, tally: Tally
+    yaml: Path,
+    folder: Path,
+    kills: Sequence[Kill] | int,
+    reference: Reference,
+    rng: random.Random,
+    tally: Tally,
+    topology: Callable[[], tuple[int, str] | None] = lambda: None,
+    compare: Callable[[Path, Reference], list[str]] = differences,
 ) -> int:
-    """Kill one run as given, or so many times at random, and let it finish; how many kills struck."""
+    """Kill one run as given, or so many times at random, and let it finish; how many kills struck.
+
+    Every start has the `topology` that is drawn for it; at the end `compare` says what is wrong with the run.
+    """
     barren = struck = 0
     planned = len(kills) if isinstance(kills, Sequence) else kills
     while struck < planned:
         before = newest_commit(folder)
         kill = kills[struck] if isinstance(kills, Sequence) else draw(rng, barren)
-        codes = trial(yaml, folder, kill, reference, rng, tally)
+        codes = trial(yaml, folder, kill, reference, rng, tally, topology())
         if not codes:
             struck += 1
             barren = 0 if newest_commit(folder) > before else barren + 1
@@ -182,13 +200,13 @@ def attack(
             tally.kinds["too late"] += 1
             break
     for _ in range(3):  # the last start is left alone
-        with Job(yaml, fsync_seconds=FSYNC_SECONDS) as job:
+        with Job(yaml, fsync_seconds=FSYNC_SECONDS, topology=topology()) as job:
             job.wait_until_gone(GIVE_UP_SECONDS * 5)
             codes, output = [code or 0 for code in job.codes()], job.output()
         if not _goes_on(codes, tally, folder, output):
             break
     tally.runs += 1
-    tally.broken += [f"{folder.name} at its end: {one}" for one in differences(folder, reference)]
+    tally.broken += [f"{folder.name} at its end: {one}" for one in compare(folder, reference)]
     hidden = [entry.name for entry in (folder / "checkpoints").iterdir() if entry.name.startswith(".")]
     tally.broken += [f"{folder.name}: {name} is left behind" for name in hidden]
     return struck
