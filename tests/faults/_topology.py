@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +73,9 @@ class Found(NamedTuple):
 def build(cell: Cell, world: World, seed: int, model: ModelConfig = SMALL) -> Engine:
     """An engine as a run builds it, with the first block frozen; rehearsed, so that its optimizer's state exists."""
     overrides = [f"training.dtype={cell.dtype}", f"training.global_batch_size={ROWS * MICRO_STEPS}"]
-    overrides += [f"training.micro_batch_size_per_gpu={ROWS // world.size}", f"deepspeed=zero{cell.stage}"]
+    shipped = cell.stage or cell.dtype == "fp32"  # at stage 0 one has to accept sums in bf16 in a file of one's own
+    file = f"zero{cell.stage}" if shipped else Path(__file__).with_name("zero0_bf16.json")
+    overrides += [f"training.micro_batch_size_per_gpu={ROWS // world.size}", f"deepspeed={file}"]
     config = fill_deepspeed(load_config(["quickstart"], overrides).config, world.size)
     if cell.stage:
         config["zero_optimization"]["reduce_bucket_size"] = 5000 if model is SMALL else 500_000
@@ -119,7 +122,7 @@ def evaluate(engine: Engine, world: World) -> float:
 
 
 def gather(engine: Engine) -> dict[str, Tensor]:
-    """All of the state, whole, on every rank, by DeepSpeed's own calls. A collective."""
+    """All of the state, whole, on every rank, by DeepSpeed's own calls, where they know of it. A collective."""
     found = {f"buffer:{name}": value.clone() for name, value in engine.module.named_buffers()}
     optimizer = engine._optimizer
     if hasattr(optimizer, "_hp_optimizer_states_linked"):
@@ -146,16 +149,24 @@ def _join(parameter: Any) -> Tensor:
 
 
 def _masters(engine: Engine, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """fp32 master and moments: without partitions what lies there, else what DeepSpeed puts together of them."""
+    """fp32 master and moments: without partitions what lies on this rank, else what DeepSpeed puts together."""
     moments = ("exp_avg", "exp_avg_sq")
     if not is_divided(parameter):
-        assert parameter.dtype == torch.float32, "in lower precision the masters lie elsewhere"
-        state = engine._torch_optimizer.state[parameter]
-        return {"master": parameter.detach().clone()} | {kind: state[kind].clone() for kind in moments}
-    found = {"master": deepspeed.utils.safe_get_full_fp32_param(parameter)}
-    found |= {kind: deepspeed.utils.safe_get_full_optimizer_state(parameter, kind) for kind in moments}
+        master = _whole_masters(engine._optimizer).get(parameter, parameter)
+        assert master.dtype == torch.float32
+        state = engine._torch_optimizer.state[master]
+        found = {"master": master.detach()} | {kind: state[kind] for kind in moments}
+    else:
+        found = {"master": deepspeed.utils.safe_get_full_fp32_param(parameter)}
+        found |= {kind: deepspeed.utils.safe_get_full_optimizer_state(parameter, kind) for kind in moments}
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return {kind: value.clone().view(shape) for kind, value in found.items()}
+
+
+def _whole_masters(optimizer: Any) -> dict[Tensor, Tensor]:
+    """Low-precision parameter -> its fp32 master, at stage 0 in bf16, where safe_get_full_* know neither."""
+    working, masters = getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", [])
+    return dict(zip(itertools.chain(*working), itertools.chain(*masters), strict=True))
 
 
 def is_divided(parameter: nn.Parameter) -> bool:
