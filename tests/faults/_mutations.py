@@ -50,8 +50,8 @@ def forgetting(change: Callable[[Any], None]) -> Any:
     """A patch of the reader that a resume opens: `change` may alter it before anything is read."""
 
     class Forgetful(CheckpointReader):
-        def __init__(self, checkpoint: Path):
-            super().__init__(checkpoint)
+        def __init__(self, checkpoint: Path, check: bool = True):
+            super().__init__(checkpoint, check)
             change(self)
 
     return mock.patch.object(resume, "CheckpointReader", Forgetful)
