@@ -8,7 +8,7 @@ that a read costs what it overlaps: with 4,096 ranks before and 3,000 after, two
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -37,6 +37,16 @@ def overlaps(entry: Mapping[str, Any], start: int, numel: int) -> Iterator[Overl
         piece = entry["piece"]
         for rank in range(start // piece, -(-stop // piece)):
             yield Overlap(rank, max(start, rank * piece), min(stop, (rank + 1) * piece), rank * piece)
+
+
+def held(entry: Mapping[str, Any], rank: int) -> int:
+    """How many elements of the parameter are in that rank's file."""
+    if "fragments" in entry:
+        fragments = entry["fragments"]  # in the order of the ranks, too
+        place = bisect_left(fragments, rank, key=lambda one: one[0])
+        return int(fragments[place][2]) if place < len(fragments) and fragments[place][0] == rank else 0
+    piece = entry["piece"]
+    return min(piece, max(0, math.prod(entry["shape"]) - rank * piece))
 
 
 def widened(start: int, stop: int, size: int, block: int) -> tuple[int, int]:

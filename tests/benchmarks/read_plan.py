@@ -1,8 +1,9 @@
 """Which rank reads which ranges when a run resumes on other ranks: 64 -> 48 and 1,024 -> 640 of a 70 B model, simulated.
 
 Every rank's reads are made with the reader's own arithmetic (dsgpt/checkpoint/ranges.py), widened to the blocks it verifies;
-masters and both moments. `bytes` counts data; headers and checksums of the files a rank opens are in the ratio too. Skew is
-the busiest rank against the mean. A 1 T model from 4,096 to 3,000 ranks is there for the reasoning: a sample of its ranks.
+masters and both moments. The checksums that a rank compares with are counted too. Skew is the busiest rank against the mean.
+That engines divide parameters as `layout` says is a test (tests/integration/test_topology.py). A 1 T model from 4,096 to
+3,000 ranks is there for the reasoning: a sample of its ranks.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dsgpt.checkpoint.files import BLOCK_BYTES
+from dsgpt.checkpoint.files import BLOCK_BYTES, PAGE_BYTES
 from dsgpt.checkpoint.ranges import overlaps, widened
 from tests.frame import Outcome, Row
 
 KINDS, ITEM_BYTES = 3, 4
-HEADER_BYTES_PER_TENSOR, CHECKSUM_BYTES = 110, 4
+BLOCKS_PER_PAGE = PAGE_BYTES // 4
 SAMPLE = 40  # of the ranks of the largest case
 
 Shapes = dict[str, tuple[int, ...]]
@@ -107,7 +108,6 @@ def plan(shapes: Shapes, before: tuple[int, int], after: tuple[int, int], every:
     """The reads of every rank, or of every so many-th, from (ranks, stage) to (ranks, stage)."""
     began = time.perf_counter()
     saved, wanted = layout(shapes, before[1], before[0]), layout(shapes, after[1], after[0])
-    file_tensors = [KINDS * len(pieces) for pieces in owned(saved, before[0])]
     file_blocks = [
         sum(KINDS * -(-ITEM_BYTES * numel // BLOCK_BYTES) for _, _, numel in pieces)
         for pieces in owned(saved, before[0])
@@ -121,10 +121,10 @@ def plan(shapes: Shapes, before: tuple[int, int], after: tuple[int, int], every:
             for one in overlaps(entry, start, numel):
                 low, high = ITEM_BYTES * (one.low - one.begins), ITEM_BYTES * (one.high - one.begins)
                 first, last = widened(low, high, _stored(entry, one.rank, one.begins), BLOCK_BYTES)
-                size, ranges = size + KINDS * (last - first), ranges + KINDS
+                pages = 1 + -(-(last - first) // (BLOCK_BYTES * BLOCKS_PER_PAGE))  # as if no two ranges shared one
+                size, ranges = size + KINDS * (last - first + pages * PAGE_BYTES), ranges + KINDS
                 files.add(one.rank)
-        for file in files:
-            size += HEADER_BYTES_PER_TENSOR * file_tensors[file] + CHECKSUM_BYTES * file_blocks[file]
+        size += sum(4 * (2 + file_blocks[file] // BLOCKS_PER_PAGE) for file in files)
         readers.update(files)
         read.append(size)
         most_ranges, most_files = max(most_ranges, ranges), max(most_files, len(files))

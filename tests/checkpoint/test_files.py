@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsgpt.checkpoint.files import BLOCK_BYTES, Layout, StateFile, write_file
+from dsgpt.checkpoint.files import BLOCK_BYTES, ITEM_BYTES, Layout, Places, StateFile, file_order, write_file
 from dsgpt.checkpoint.reader import DTYPE_NAMES, bytes_of
 from dsgpt.errors import DamagedError
 
@@ -58,11 +58,43 @@ def test_any_range_has_its_bytes_and_costs_at_most_a_block_at_each_end(tmp_path)
         start, stop = sorted(rng.randint(0, len(whole)) for _ in range(2))
         before = file.bytes_read
         assert read(file, name, values[name], start, stop) == whole[start:stop]
-        assert file.bytes_read - before <= stop - start + 2 * BLOCK_BYTES
+        assert file.bytes_read - before <= stop - start + 2 * BLOCK_BYTES + 2048  # of the checksums
     with pytest.raises(DamagedError, match="outside"):
         read(file, "one", values["one"], 0, 5)
     with pytest.raises(DamagedError, match="lacks a tensor"):
         read(file, "two", values["one"])
+
+
+def places_of(values, entry):
+    """From names, types and sizes alone; the file's header is what it is compared with."""
+    names = sorted(values, key=lambda name: file_order(name, DTYPE_NAMES[values[name].dtype]))
+    sizes = (ITEM_BYTES[DTYPE_NAMES[values[name].dtype]] * values[name].numel() for name in names)
+    return Places({name: number for number, name in enumerate(names)}, sizes, entry["header_bytes"])
+
+
+def test_the_places_of_tensors_follow_from_their_sizes_and_save_the_header(tmp_path):
+    values = tensors() | {
+        f"master:{n}": torch.full((n,), float(n)) for n in range(1, 3000)
+    }  # 18 MB: pages of checksums
+    layout, entry = write(tmp_path / "f", values)
+    places = places_of(values, entry)
+    assert {name: places.find(name)[:2] for name in values} == layout.ranges
+    file = StateFile(tmp_path / "f", entry, places=places)
+    assert read(file, "master:2999", values["master:2999"]) == bytes(bytes_of(values["master:2999"]))
+    assert file.bytes_read < 2999 * 4 + 2048
+    assert all(read(file, name, values[name]) == bytes(bytes_of(values[name])) for name in values)
+
+
+def test_wrong_places_are_not_taken(tmp_path):
+    values = tensors()
+    _, entry = write(tmp_path / "f", values)
+    for other in (values | {"two": torch.zeros(2)}, values | {"one": torch.zeros(2)}):
+        with pytest.raises(DamagedError, match="not those of the manifest"):
+            StateFile(tmp_path / "f", entry, places=places_of(other, entry))
+    swapped = values | {"master:w": values["exp_avg:w"], "exp_avg:w": values["master:w"]}
+    file = StateFile(tmp_path / "f", entry, places=places_of(swapped, entry))
+    with pytest.raises(DamagedError, match="differs from its checksum"):
+        read(file, "exp_avg:w", swapped["exp_avg:w"])
 
 
 def test_every_flipped_bit_is_found_by_who_reads_it_and_every_cut(tmp_path):

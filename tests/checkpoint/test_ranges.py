@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
-from dsgpt.checkpoint.ranges import overlaps, widened
+from dsgpt.checkpoint.ranges import held, overlaps, widened
 
 
 def owners(entry: dict) -> list[tuple[int, int]]:
@@ -38,6 +38,8 @@ def test_every_element_of_a_range_is_found_where_it_lies() -> None:
             for element in range(one.low, one.high)
         ]
         assert found == table[start:stop]
+        for rank in range(8):
+            assert held(entry, rank) == sum(owner == rank for owner, _ in table)
 
 
 def test_a_gap_is_not_filled() -> None:

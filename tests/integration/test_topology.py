@@ -10,6 +10,8 @@ import itertools
 
 import pytest
 
+from dsgpt.checkpoint import commit
+from tests.benchmarks.read_plan import layout
 from tests.faults._topology import Cell, load_cell, save_cell
 from tests.faults._topology_loads import MUTATIONS, controls
 from tests.faults.topology import LOSS_ERROR, STAGES, WORLDS
@@ -37,6 +39,17 @@ def test_whatever_a_load_forgets_is_found(tmp_path):
     ranks(source.world).run(save_cell, tmp_path, source)
     found = ranks(target.world).run(controls, tmp_path, source, target)
     assert {name for name in MUTATIONS if any(on_rank[name] for on_rank in found)} == set(MUTATIONS)
+
+
+@pytest.mark.parametrize(
+    "cell", [Cell(4, 0, "fp32"), Cell(4, 1, "bf16"), Cell(4, 2, "fp32"), Cell(4, 3, "fp32")], ids=str
+)
+def test_the_simulated_read_plan_divides_parameters_as_engines_do(cell, tmp_path):
+    ranks(cell.world).run(save_cell, tmp_path, cell)
+    (checkpoint,) = (path for _, path in commit.list_committed(cell.folder(tmp_path)))
+    saved = commit.read_manifest(checkpoint)["parameters"]
+    shapes = {name: tuple(entry["shape"]) for name, entry in saved.items()}
+    assert layout(shapes, cell.stage, cell.world) == saved
 
 
 def test_the_cells_here_cover_every_topology_and_every_pair_of_stages_and_of_worlds():
