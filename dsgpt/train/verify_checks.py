@@ -1,17 +1,22 @@
-"""What `dsgpt verify-resume` concludes from the numbers of two runs. Torch-free, and nothing is started here.
+"""What `dsgpt verify-resume` concludes from the numbers and states of two runs. Nothing is started here.
 
     first_difference(expected, seen, range(11, 21))     # None, or the first step whose numbers have other bits
     drift(expected, seen, range(11, 21), 1e-5)          # how far the losses go apart, where other bits are to be expected
 
-`expected` and `seen` map a step to its line of metrics.jsonl. Growth: a line per step, whatever the model's size.
+`expected` and `seen` map a step to its line of metrics.jsonl. Torch is loaded only where two states are compared, tensor by
+tensor. Growth: the numbers are a line per step, whatever the model's size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsgpt.checkpoint.diff import Difference
 
 Lines = Mapping[int, Mapping[str, Any]]
 
@@ -127,3 +132,28 @@ def why_unlike(split: tuple[Any, Any], other: tuple[Any, Any], dropout: bool, ba
     if dropout:
         return "dropout's masks follow from rank and micro-step, so they are others with other ranks or micro-batches"
     return "batch norm's statistics are those of ranks x micro-batch" if batch_norm else ""
+
+
+def compare_states(one: Path, other: Path, recorded: tuple[str, ...] = ("",)) -> Difference:
+    """What differs: of the tensors, and of what is recorded under keys that begin with one of `recorded`.
+
+    Damage is a difference as well, and is named with its tensor.
+    """
+    from dsgpt.checkpoint.diff import compare
+
+    found = compare(one, other, check=False)
+    return replace(found, recorded={key: both for key, both in found.recorded.items() if key.startswith(recorded)})
+
+
+def differ(difference: Difference) -> bool:
+    return bool(difference.tensors or difference.recorded)
+
+
+def summary(difference: Difference) -> str:
+    lines = difference.lines()
+    return "; ".join([*lines[:1], f"and {len(lines) - 2} more", lines[-1]] if len(lines) > 2 else lines)
+
+
+def first_tensor(states: Sequence[tuple[int, Difference]]) -> dict[str, Any] | None:
+    """The first tensor, by name, of the earliest state in which one differs."""
+    return next(({"step": step, **vars(state.tensors[0])} for step, state in states if state.tensors), None)

@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsgpt.checkpoint import commit
 from dsgpt.checkpoint.locate import locate_checkpoint
@@ -43,15 +43,16 @@ from dsgpt.train.verify_checks import (
     Lines,
     Report,
     StepDifference,
+    compare_states,
+    differ,
     drift,
     first_difference,
+    first_tensor,
     loss_checks,
+    summary,
     why_unlike,
 )
 from dsgpt.units import format_bytes, format_seconds
-
-if TYPE_CHECKING:
-    from dsgpt.checkpoint.diff import Difference
 
 POLL_SECONDS = 0.005  # steps of a small model take 10 ms
 MAX_CHECKPOINTS = 5
@@ -131,7 +132,8 @@ class Trial:
         """What was run, for people."""
         place = self.folder if self.folder.exists() else f"{self.folder} (removed)"
         told = [f"{name:<12}{format_seconds(seconds)}" for name, seconds in self.seconds.items()]
-        return [f"run         {_describe(self.plan)}", *told, f"folder      {place}"]
+        topologies = [f"before      {_describe(self.plan)}", f"after       {_describe(self.moved_plan)}"]
+        return [*topologies[: 1 + self.is_moved], *told, f"folder      {place}"]
 
     # ---- the runs ----------------------------------------------------------------------------------------------------
 
@@ -146,7 +148,8 @@ class Trial:
         self._to_its_end("resumed", self.moved_plan, "resumed", self.again)
         for name in ("reference", "resumed"):
             if self._newest(name) != self.last:
-                raise RunFailed(name, 0, self.folder / f"{name}.log")
+                seen = f"step {self._newest(name)} is its last commit; log: {self.folder / name}.log"
+                raise DsgptError(f"the run {name!r} ended before step {self.last}", seen=seen, do="start it again")
         return self._judge(killed)
 
     def _make_folder(self) -> None:
@@ -228,9 +231,9 @@ class Trial:
         words = [*self.again, f"model.init_from=fork:{source}", f"run.stop_at_step={self.saved}"]
         self.say(f"read-back: the state of step {self.saved} is read and saved again")
         self._to_its_end("read-back", self.moved_plan, "read-back", words)
-        self._state_read = _compare(source, self._checkpoint("read-back", self.saved), _STATE_KEYS)
+        self._state_read = compare_states(source, self._checkpoint("read-back", self.saved), _STATE_KEYS)
         name = "the state right after the resume is the saved one, bit for bit"
-        return Check(name, not _told(self._state_read), _summary(self._state_read))
+        return Check(name, not differ(self._state_read), summary(self._state_read))
 
     # ---- the verdict -------------------------------------------------------------------------------------------------
 
@@ -253,17 +256,18 @@ class Trial:
         checks.append(Check(f"steps {self.first} to {self.last} have the same bits", found is None, str(found or "")))
         states = {}
         for step in (self.saved, self.last):
-            states[step] = _compare(self._checkpoint("reference", step), self._checkpoint("resumed", step))
+            states[step] = compare_states(self._checkpoint("reference", step), self._checkpoint("resumed", step))
             name = f"the states of step {step} have the same bits"
-            checks.append(Check(name, not _told(states[step]), _summary(states[step])))
+            checks.append(Check(name, not differ(states[step]), summary(states[step])))
         if all(check.passed for check in checks):
-            return Report("bit-identical", True, True, checks)
+            text = f"bit-identical: killed after step {self.killed_at}, continued from step {self.saved} to step {self.last}"
+            return Report(text, True, True, checks)
         read_back = self._read_back()
         checks.append(read_back)
-        differing = next((step for step, state in states.items() if _told(state)), None)
+        differing = next((step for step, state in states.items() if differ(state)), None)
         step = found.step if found else differing
         ordered = [(self.saved, states[self.saved]), (self.saved, self._state_read), (self.last, states[self.last])]
-        tensor = _first_tensor(ordered)
+        tensor = first_tensor(ordered)
         text = f"differs: first at {found}" if found else f"differs: first in the state of step {step}"
         if step is None:
             text = f"differs: the second start did not continue from step {self.saved}"
@@ -278,7 +282,7 @@ class Trial:
         ok = all(check.passed is not False for check in checks)
         text = f"not repeatable here, even without a resume: first at {found}\n"
         text += f"the resume itself {'holds' if ok else 'DOES NOT HOLD'}: see above"
-        return Report(text, ok, False, checks, found.step, _first_tensor([(self.saved, self._state_read)]))
+        return Report(text, ok, False, checks, found.step, first_tensor([(self.saved, self._state_read)]))
 
     def _judge_moved(self, checks: list[Check], expected: Lines, resumed: Lines) -> Report:
         """In another topology sums run in another order: the state must be the same bit for bit, the losses near."""
@@ -287,20 +291,22 @@ class Trial:
         keys = (*OF_THE_SCHEDULE, *(("data_crc",) if split == other else ()))
         steps = range(self.saved + 1, self.last + 1)
         found = first_difference(expected, resumed, steps, keys)
-        names = " and ".join(key.replace("_", " ") for key in keys)
+        names = ", ".join(key.replace("_", " ") for key in keys)
         checks.append(
             Check(f"{names} of steps {steps[0]} to {steps[-1]} are the same", found is None, str(found or ""))
         )
         checks += self._loss_checks(expected, resumed, self.last)
         ok = all(check.passed is not False for check in checks)
         text = "the resume holds in another topology: the state bit for bit, the losses as told above"
-        tensor = _first_tensor([(self.saved, self._state_read)])
+        tensor = first_tensor([(self.saved, self._state_read)])
+        dtype = str(self.plan.config.training.dtype)
+        apart = drift(expected, resumed, steps, TOLERANCES[dtype])
         step = found.step if found else self.saved if tensor else None
         if not ok:
+            step = step or apart.beyond
             text = "differs: see NO above"
             text += f"\nfirst tensor: {tensor['kind']} of {tensor['name']} at step {tensor['step']}" if tensor else ""
-        dtype = str(self.plan.config.training.dtype)
-        return Report(text, ok, None, checks, step, tensor, drift(expected, resumed, steps, TOLERANCES[dtype]))
+        return Report(text, ok, None, checks, step, tensor, apart)
 
     def _loss_checks(self, expected: Lines, resumed: Lines, until: int) -> list[Check]:
         dtype, model = str(self.plan.config.training.dtype), self.plan.model
@@ -350,7 +356,8 @@ def _topology(plan: ResolvedRun) -> tuple[Any, ...]:
 def _describe(plan: ResolvedRun) -> str:
     training = plan.config.training
     micro, name = training.micro_batch_size_per_gpu, plan.config.deepspeed
-    return f"{plan.world_size} ranks, {name}, micro-batch {micro}, {plan.device}, {training.dtype}"
+    ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
+    return f"{ranks}, {name}, micro-batch {micro}, {plan.device}, {training.dtype}"
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -359,30 +366,6 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(text)
         except ValueError:
             continue  # cut short by the kill
-
-
-def _compare(one: Path, other: Path, recorded: tuple[str, ...] = ("",)) -> Difference:
-    """The tensors, and what is recorded under keys that begin with one of `recorded`."""
-    from dataclasses import replace
-
-    from dsgpt.checkpoint.diff import compare
-
-    found = compare(one, other)
-    return replace(found, recorded={key: both for key, both in found.recorded.items() if key.startswith(recorded)})
-
-
-def _told(difference: Difference) -> bool:
-    return bool(difference.tensors or difference.recorded)
-
-
-def _summary(difference: Difference) -> str:
-    lines = difference.lines()
-    return "; ".join([*lines[:1], f"and {len(lines) - 2} more", lines[-1]] if len(lines) > 2 else lines)
-
-
-def _first_tensor(states: Sequence[tuple[int, Difference]]) -> dict[str, Any] | None:
-    """The first tensor, by name, of the earliest state in which one differs."""
-    return next(({"step": step, **vars(state.tensors[0])} for step, state in states if state.tensors), None)
 
 
 def _tail(path: Path, lines: int = 12) -> str:
