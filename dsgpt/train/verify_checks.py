@@ -150,7 +150,8 @@ def differ(difference: Difference) -> bool:
 
 
 def summary(difference: Difference) -> str:
-    lines = difference.lines()
+    """The first tensor that differs, or else what is recorded, how much more there is, and the count."""
+    lines = replace(difference, recorded={}).lines() if difference.tensors else difference.lines()
     return "; ".join([*lines[:1], f"and {len(lines) - 2} more", lines[-1]] if len(lines) > 2 else lines)
 
 
