@@ -21,7 +21,7 @@ import click
 @click.option(
     "--output", type=click.Path(path_type=Path), help="A new folder for its runs; default: beside run.output_dir."
 )
-@click.option("--keep", is_flag=True, help="Leave its runs there; they stay anyway where something differs.")
+@click.option("--keep", is_flag=True, help="Leave its runs there; they stay anyway where something differs or fails.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, and nothing else.")
 def verify_resume(
     arguments: tuple[str, ...],

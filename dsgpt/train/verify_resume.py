@@ -93,7 +93,7 @@ class Trial:
         self.plan = plan_run(before, num_processes, may_hide_gpus=True).run
         self.moved_plan = plan_run([*before, *again], world_size or self.plan.world_size, may_hide_gpus=True).run
         fit = (self.plan.max_steps - base) // 2
-        if fit < 1:
+        if fit < 2:  # between two commits there must be a step
             seen = f"{self.plan.max_steps} steps, beginning at {base}"
             raise ConfigError("the run is too short to be interrupted", seen=seen, do="a larger training.max_steps")
         if fit < steps:

@@ -18,6 +18,7 @@ import pytest
 
 import dsgpt
 from dsgpt.checkpoint import commit
+from dsgpt.errors import ConfigError
 from dsgpt.train.verify_resume import Trial
 from tests.integration.test_launch import processes_of
 
@@ -173,6 +174,36 @@ def test_a_run_that_fails_by_itself_passes_its_code_and_log_on(write_run):
     code, told = verify(write_run("broken", **{"optimizer.learning_rate": 1e30}))
     assert code == told["exit_code"] == 79
     assert "the run 'reference' failed with code 79" in told["message"] and "reference.log" in told["message"]
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_before_the_kill_is_started_again_and_killed_earlier(write_run):
+    class Late(Trial):
+        starts = 0
+
+        def _start(self, name, *rest):
+            self.starts += name == "killed"
+            return super()._start(name, *rest)
+
+        def _has_reached(self, step):
+            return self.starts > 1 and super()._has_reached(step)
+
+    told = []
+    trial = Late([str(write_run("quick"))], STEPS, say=told.append)
+    report = trial.run()
+    assert report.identical and trial.starts == 2
+    assert f"it had committed step {2 * STEPS} before the kill" in told
+
+
+def test_what_cannot_work_is_refused_before_anything_is_started(write_run, tmp_path):
+    yaml = str(write_run("refused"))
+    with pytest.raises(ConfigError, match="the batch does not divide"):
+        Trial([yaml], world_size=3)
+    with pytest.raises(ConfigError, match="too short to be interrupted"):
+        Trial([yaml, "training.max_steps=3", "optimizer.warmup_steps=1"])
+    with pytest.raises(ConfigError, match="is not empty"):
+        Trial([yaml], output=tmp_path)
+    assert not list(tmp_path.glob("refused*/"))
 
 
 @pytest.mark.slow
