@@ -61,9 +61,6 @@ class Drift:
     worst_step: int
     beyond: int | None
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Report:
@@ -78,7 +75,13 @@ class Report:
     drift: Drift | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which has no infinity and no NaN: they become null."""
+        told = asdict(self)
+        for part in ("first_differing_tensor", "drift"):
+            for key, value in (told[part] or {}).items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    told[part][key] = None
+        return told
 
 
 def first_difference(

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from dsgpt.train.verify_checks import drift, first_difference, loss_checks, why_unlike
+from dsgpt.train.verify_checks import Report, drift, first_difference, loss_checks, why_unlike
 
 
 def lines(**changes):
@@ -43,7 +43,10 @@ def test_a_loss_that_is_not_finite_on_one_side_differs_and_on_both_sides_not():
     # metrics.jsonl has null for it
     assert first_difference(lines(s2={"loss": None}), lines(s2={"loss": None}), range(1, 7)) is None
     assert first_difference(lines(), lines(s2={"loss": None}), range(1, 7)).step == 2
-    assert drift(lines(), lines(s5={"loss": None}), range(4, 7), 1e-5).worst == math.inf
+    apart = drift(lines(), lines(s5={"loss": None}), range(4, 7), 1e-5)
+    assert (apart.worst, apart.worst_step) == (math.inf, 5)
+    told = Report("", False, None, [], 5, {"step": 5, "largest": math.nan}, apart).as_dict()
+    assert "null" in json.dumps(told, allow_nan=False), "JSON has no infinity"
 
 
 def test_zero_is_not_minus_zero_and_only_the_steps_asked_for_count():
