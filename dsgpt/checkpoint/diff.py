@@ -59,9 +59,9 @@ def _short(value: Any) -> str:
     return f"{len(value)} values" if isinstance(value, list) and len(value) > MAX_SHOWN else repr(value)
 
 
-def compare(one: Path, other: Path) -> Difference:
-    """Everything that differs. Raises CheckpointError where one cannot be read."""
-    left, right = CheckpointReader(one), CheckpointReader(other)
+def compare(one: Path, other: Path, check: bool = True) -> Difference:
+    """Everything that differs. Raises CheckpointError where one cannot be read or, with `check`, is damaged."""
+    left, right = CheckpointReader(one, check), CheckpointReader(other, check)
     recorded = _recorded(left.manifest, right.manifest)
     kinds = list(dict.fromkeys((*left.manifest["state_kinds"], *right.manifest["state_kinds"])))
     tensors, compared = [], 0

@@ -25,6 +25,10 @@ VERBS = {
     "tokenizer": ("dsgpt.cli.tokenizer:tokenizer", "Train a tokenizer."),
     "data": ("dsgpt.cli.data:data", "Prepare, inspect and verify datasets."),
     "train": ("dsgpt.cli.train:train", "Train, or continue training, the run a config describes."),
+    "verify-resume": (
+        "dsgpt.cli.verify_resume:verify_resume",
+        "Prove on this machine that a run that is killed and resumed is the run it was.",
+    ),
     "evaluate": ("dsgpt.cli.evaluate:evaluate", "Loss, perplexity and bits per byte of a model."),
     "generate": ("dsgpt.cli.generate:generate", "Continue a prompt with a model."),
     "checkpoint": ("dsgpt.cli.checkpoint:checkpoint", "List, verify, compare, delete and export checkpoints."),

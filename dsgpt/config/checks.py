@@ -198,6 +198,9 @@ def ineffective_settings(config: RunConfig, written: set[str]) -> list[str]:
     if model.init_from != "scratch":
         for key in (key for key in type(model).model_fields if key not in ("init_from", "dropout")):
             reasons[f"model.{key}"] = f"the shape comes from {model.init_from}"
+    stop, training = config.run.stop_at_step, config.training
+    if stop is not None and training.num_epochs is None and stop >= training.num_steps():
+        reasons["run.stop_at_step"] = f"the run has {training.num_steps()} steps"
     if len(config.data.train) == 1:
         reasons["data.train.0.weight"] = "there is only one source of training data"
     changed = written - _defaults_written_out(config)

@@ -29,6 +29,10 @@ class RunSection(Section):
         description="a rank without a sign of life for so long ends the job with 76 (start and saving have 3 times that); "
         "0 = never",
     )
+    stop_at_step: Count | None = Field(
+        default=None,
+        description="commit this step and end with 0, as the file STOP does; the schedule stays that of the whole run",
+    )
     strict_versions: Bool = Field(
         default=False, description="refuse (78), instead of warn, to resume with other versions of torch or deepspeed"
     )

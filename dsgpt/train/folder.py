@@ -100,10 +100,10 @@ def forecast_space(plan: ResolvedRun, engine: Engine, world: World, log: RunLog)
         elements = sum(math.prod(shape) for shape in engine.parameter_shapes().values())
         buffers = sum(value.nbytes for value in engine.buffers().values())
         each = int(_HEADROOM * (4 * len(engine.state_kinds) * elements + buffers))
-        saves = -(-plan.max_steps // checkpoint.save_interval)
+        saves = -(-plan.last_step // checkpoint.save_interval)
         stay = checkpoint.keep_last or saves
         if checkpoint.keep_last:
-            stay += plan.max_steps // checkpoint.keep_every if checkpoint.keep_every else 0
+            stay += plan.last_step // checkpoint.keep_every if checkpoint.keep_every else 0
             stay += checkpoint.keep_best
         have = len(commit.list_committed(plan.output_dir / "checkpoints"))
         number = max(1, min(stay, saves) + 1 - have)

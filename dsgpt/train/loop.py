@@ -114,16 +114,28 @@ def train(
     elif plan.config.model.init_from != "scratch":
         _read_weights(run)
     write_resolved(plan, world, log, changes)
-    if run.state.step >= plan.max_steps and continuation.forked:
-        seen = f"forked at step {run.state.step}, training.max_steps is {plan.max_steps}"
-        raise ConfigError("the fork has nothing to train", seen=seen, do="a larger training.max_steps")
-    if run.state.step >= plan.max_steps:
-        log.event("finished", f"step {run.state.step} of {plan.max_steps} is reached already: nothing to train")
+    if run.state.step >= plan.last_step:
+        _end_at_once(run, continuation.forked)
         return run.state
     forecast_space(plan, run.engine, world, log)
     run.tell_watchdog()
     _run_steps(run)
     return run.state
+
+
+def _end_at_once(run: Run, forked: bool) -> None:
+    """No step is left to take. A fork that is to stop at the very step it was forked at commits that state as it was read."""
+    step, plan = run.state.step, run.plan
+    if forked and step != plan.config.run.stop_at_step:
+        seen = f"forked at step {step}, training.max_steps is {plan.max_steps}"
+        seen += f", run.stop_at_step {plan.last_step}" if plan.last_step < plan.max_steps else ""
+        raise ConfigError("the fork has nothing to train", seen=seen, do="a larger one")
+    if forked:
+        try:
+            save(run, required=True)
+        finally:
+            run.saver.close()
+    run.log.event("finished", f"step {step} of {plan.max_steps} is reached already: nothing to train")
 
 
 def _build(
@@ -221,7 +233,7 @@ def _run_steps(run: Run) -> None:
             if run.state.step % plan.config.logging.log_interval == 0 or last or run.state.step == 1:
                 _log_step(run, report, meter)
             # Saved before evaluated: an evaluation that fails or takes long must not cost the checkpoint.
-            stopping = report.wishes.preempt or report.wishes.stop
+            stopping = report.wishes.preempt or report.wishes.stop or run.state.step == plan.last_step
             if last or stopping or report.wishes.save or run.state.step % plan.config.checkpoint.save_interval == 0:
                 save(run, required=last or stopping)
                 if run.state.step in (run.last_committed, run.saver.pending and run.saver.pending.step):
@@ -263,6 +275,8 @@ def _count(run: Run, report: StepReport, start: int) -> None:
 
 def _ended(run: Run, wishes: Wishes) -> Preempted | Stopped:
     where = f"stopped at step {run.state.step} of {run.plan.max_steps}, committed"
+    if run.state.step == run.plan.last_step:
+        return Stopped(where, seen=f"run.stop_at_step={run.plan.last_step}", do="without it the same command continues")
     if wishes.preempt and not wishes.stop:
         do = "start the same command again (without resume=) to continue"
         return Preempted(where, seen=run.stop.requested or "asked on another rank", do=do)

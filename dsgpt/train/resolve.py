@@ -48,6 +48,11 @@ class ResolvedRun:
     def output_dir(self) -> Path:
         return self.config.run.output_dir
 
+    @property
+    def last_step(self) -> int:
+        """Where this start ends: the run's last step, or the one at which it is to stop before."""
+        return min(self.max_steps, self.config.run.stop_at_step or self.max_steps)
+
     def memory_text(self) -> str:
         """What one rank was planned to need: the estimates of planning.py, for reports of running out of memory."""
         t = self.config.training

@@ -60,8 +60,13 @@ class Plan:
         return "\n".join(parts)
 
 
-def plan_run(arguments: Sequence[str], num_processes: int | None = None, debug: bool = False) -> Plan:
-    """Resolve a run for this machine. Raises ConfigError, DataError or CheckpointError; nothing is started."""
+def plan_run(
+    arguments: Sequence[str], num_processes: int | None = None, debug: bool = False, may_hide_gpus: bool = False
+) -> Plan:
+    """Resolve a run for this machine. Raises ConfigError, DataError or CheckpointError; nothing is started.
+
+    Fewer ranks than GPUs are refused, unless whoever starts them hides the other GPUs.
+    """
     paths, overrides = split_arguments(arguments)
     loaded = load_config(paths, overrides)
     hardware = detect()
@@ -72,7 +77,7 @@ def plan_run(arguments: Sequence[str], num_processes: int | None = None, debug: 
     if device == "cuda" and not hardware.num_gpus:
         raise ConfigError("device=cuda, but there is no GPU here", seen=str(hardware), do="device=auto or device=cpu")
     processes = num_processes or (hardware.num_gpus if device == "cuda" else CPU_RANKS)
-    if device == "cuda" and processes < hardware.num_gpus:
+    if device == "cuda" and processes < hardware.num_gpus and not may_hide_gpus:
         raise ConfigError(
             "fewer ranks than GPUs on this node",
             seen=f"--num-processes {processes}, {hardware.num_gpus} GPUs",
@@ -96,9 +101,10 @@ def start_run(
     """Start a run on this machine and wait for its end."""
     plan = plan_run(arguments, num_processes, debug)
     committed = list_committed(plan.run.output_dir / "checkpoints")
-    done = bool(committed) and committed[-1][0] >= plan.run.max_steps and not verify(committed[-1][1], "size")
+    done = bool(committed) and committed[-1][0] >= plan.run.last_step and not verify(committed[-1][1], "size")
     if plan.run.config.resume in ("auto", "must") and done:
-        message = f"step {committed[-1][0]} of {plan.run.max_steps} is committed already: nothing to train"
+        stop = "" if plan.run.last_step == plan.run.max_steps else f", run.stop_at_step is {plan.run.last_step}"
+        message = f"step {committed[-1][0]} of {plan.run.max_steps} is committed already{stop}: nothing to train"
         return JobEnd(0, message, plan.run.output_dir / "logs")
     if not quiet:
         for warning in plan.loaded.warnings:

@@ -30,7 +30,7 @@ def test_every_verb_and_every_exit_code_of_the_readme_exists():
     from dsgpt.cli import VERBS
     from dsgpt.errors import ExitCode
 
-    for verb in re.findall(r"\bdsgpt (\w+)", README):
+    for verb in re.findall(r"\bdsgpt (\w[\w-]*)", README):
         assert verb in VERBS, verb
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
     assert codes == {int(code) for code in ExitCode}
