@@ -13,6 +13,7 @@ from typing import Any
 from dsgpt.checkpoint import commit
 from dsgpt.checkpoint.locate import locate_checkpoint
 from dsgpt.config import ModelConfig, RunConfig, fill_deepspeed
+from dsgpt.config.schema import nearest_divisors
 from dsgpt.data.manifest import TokenizerRecord
 from dsgpt.errors import ConfigError, DataError, Problem
 from dsgpt.planning import activation_bytes, parameter_count, resolve_auto, state_bytes
@@ -111,6 +112,7 @@ def resolve_run(
         )
     _check_tokenizer(config, data)
     config = _with_model(config, model)
+    _check_ranks(config, world_size)
     config, notes = resolve_auto(
         config, world_size=world_size, device=device, gpu_memory_bytes=gpu_memory_bytes, bf16=bf16
     )
@@ -118,6 +120,26 @@ def resolve_run(
     deepspeed = fill_deepspeed(config, world_size, parameter_count(model))
     max_steps = config.training.num_steps(data.samples_per_epoch)
     return ResolvedRun(config, model, deepspeed, data, world_size, device, max_steps, notes)
+
+
+def _check_ranks(config: RunConfig, world_size: int) -> None:
+    """A run that continues keeps its global batch, so the number of ranks must divide it."""
+    if config.resume == "fresh" or not commit.list_committed(config.run.output_dir / "checkpoints"):
+        return
+    total, micro = config.training.global_batch_size, config.training.micro_batch_size_per_gpu
+    micro = 1 if micro == "auto" else micro
+    if total % (micro * world_size) == 0:
+        return
+    words = []
+    if total % micro == 0:
+        words.append(f"--num-processes {nearest_divisors(total // micro, world_size)}")
+    if total % world_size == 0:
+        words.append(f"training.micro_batch_size_per_gpu={nearest_divisors(total // world_size, micro)}")
+    raise ConfigError(
+        f"the run cannot continue on {world_size} ranks: they do not divide its global batch, which stays what it is",
+        seen=f"{total} = {micro} x {world_size} x {total / (micro * world_size):.4g}",
+        do=" or ".join(f"dsgpt train RUN.yaml {word}" for word in words) or "the config the run was started with",
+    )
 
 
 def _check_tokenizer(config: RunConfig, data: RunData) -> None:

@@ -1,6 +1,6 @@
 """Asynchronous against synchronous saving of 25 M parameters: the stall, what training loses meanwhile, time to commit.
 
-One rank with one thread, ZeRO 1, so that on two cores the writer process has one, as a node has more cores than GPUs. Runs of
+One rank with one thread, ZeRO 0, so that on two cores the writer process has one, as a node has more cores than GPUs. Runs of
 40 steps with two saves, alternating: without saves, synchronous, asynchronous. Steps are short against a save, as a large
 model's are: a commit waits for the end of a step. The stall is all time in the saver's calls,
 the commit's among them. The state's memory is touched once before (the first asynchronous save pays for new pages).
@@ -103,7 +103,7 @@ def measure(world: World, folder: Path, rounds: int) -> tuple[int, list[list[Mea
         f"training.micro_batch_size_per_gpu={BATCH}",
         f"training.global_batch_size={BATCH}",
     ]
-    config = fill_deepspeed(load_config(["quickstart"], [*overrides, "deepspeed=zero1"]).config, 1)
+    config = fill_deepspeed(load_config(["quickstart"], [*overrides, "deepspeed=zero0"]).config, 1)
     model = construct(lambda: GPT(ModelConfig(**MODEL, dropout=Dropout())), config)
     engine = Engine(model, build_optimizer(model, OptimizerSection(learning_rate=1e-3)), config, world)
     ids = torch.randint(MODEL["vocab_size"], (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(1))

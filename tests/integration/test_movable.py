@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from dsgpt.errors import ConfigError
+from dsgpt.train.start import plan_run
 from tests.faults.hostile import command
 from tests.integration.test_resume import hashes, metrics, train_here
 from tests.pool import ranks
@@ -133,3 +135,17 @@ def test_a_tuned_run_goes_on_when_the_folder_it_started_from_is_gone(moved, tmp_
     assert ranks(2).run(train_here, yaml, [], 0, "b") == [8, 8]
     resumed = [line for line in (tmp_path / "tuned/events.jsonl").read_text().splitlines() if '"resumed"' in line]
     assert len(resumed) == 1 and "continuing from step 3" in resumed[0]
+
+
+def test_a_number_of_ranks_that_does_not_divide_the_batch_is_refused_with_commands_that_work(moved):
+    _, run, data = moved
+    words = [str(run / "config.yaml"), f"data.root={data.parents[1]}", "training.max_steps=9"]
+    with pytest.raises(ConfigError, match="cannot continue on 3 ranks") as refused:
+        plan_run(words, 3)
+    assert "--num-processes 2 or 4" in str(refused.value) and "training.global_batch_size" not in str(refused.value)
+    assert [plan_run(words, number).run.world_size for number in (2, 4)] == [2, 4]
+    with pytest.raises(ConfigError, match="cannot continue on 8 ranks") as refused:
+        plan_run(words, 8)
+    assert "--num-processes 4 or training" not in str(refused.value)
+    assert "dsgpt train RUN.yaml training.micro_batch_size_per_gpu=2" in str(refused.value)
+    assert plan_run([*words, "training.micro_batch_size_per_gpu=2"], 8).run.gradient_accumulation_steps == 1
