@@ -30,7 +30,7 @@ def run(trials: int | None, seed: int) -> Outcome:
     seeds = [seed + number for number in range(trials or 1)]
     with tempfile.TemporaryDirectory(prefix="dsgpt-norms-") as name:
         folder = Path(name)
-        _prepare(folder)
+        prepare_data(folder)
         rows = []
         for norm in NORMS:
             found = [_train(folder, norm, number) for number in seeds]
@@ -43,16 +43,16 @@ def run(trials: int | None, seed: int) -> Outcome:
     return Outcome(rows, len(seeds))
 
 
-def _dsgpt(*arguments: Any) -> None:
+def dsgpt(*arguments: Any) -> None:
     subprocess.run([*DSGPT, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
 
-def _prepare(folder: Path) -> None:
+def prepare_data(folder: Path) -> None:
     corpus = build_corpus(folder / "corpus")
     tokenizer = folder / "tokenizer"
-    _dsgpt("tokenizer", "train", corpus.train, "--vocab-size", VOCAB_SIZE, "--output", tokenizer)
+    dsgpt("tokenizer", "train", corpus.train, "--vocab-size", VOCAB_SIZE, "--output", tokenizer)
     for name, text in (("data", corpus.train), ("heldout", corpus.heldout)):
-        _dsgpt("data", "prepare", text, "--tokenizer", tokenizer, "--output", folder / name)
+        dsgpt("data", "prepare", text, "--tokenizer", tokenizer, "--output", folder / name)
 
 
 def _train(folder: Path, norm: str, seed: int) -> dict[str, float]:
@@ -67,7 +67,7 @@ def _train(folder: Path, norm: str, seed: int) -> dict[str, float]:
         "device": "cpu",
     }
     overrides = [f"{key}={value}" for key, value in settings.items()]
-    _dsgpt("train", "quickstart", *overrides, "--num-processes", 2)
+    dsgpt("train", "quickstart", *overrides, "--num-processes", 2)
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     events = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
     evaluation = [event for event in events if event["event"] == "evaluation"][-1]
