@@ -89,9 +89,9 @@ KEYWORDS = {"shell": False, "allow_pickle": False, "trust_remote_code": False, "
 
 # "dsgpt.module:function" that may use a keyword with another value -> which one and why
 KEYWORD_EXCEPTIONS = {
-    "dsgpt.model.hf_import:_execute_pickled": (
+    "dsgpt.model.hf_import:execute_pickled": (
         "weights_only",
-        "a person trusts this very file with --trust-checkpoint",
+        "a person trusts this very file, with --trust-checkpoint or model.trust_checkpoint",
     ),
 }
 

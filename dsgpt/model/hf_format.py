@@ -10,7 +10,7 @@ more than the model, whatever its size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -83,14 +83,27 @@ def to_hf(config: ModelConfig, tensor: Callable[[str], Tensor]) -> Iterator[tupl
         yield key.hf, joined.t().contiguous() if key.transposed else joined.contiguous()
 
 
-def from_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Native tensors from Hugging Face ones. Missing and unexpected names are all reported at once (ConfigError)."""
+class Part(NamedTuple):
+    """Where a native tensor lies: `rows` rows (None: all) from `row` on of the tensor `source`, transposed before that
+    where it says so."""
+
+    source: str
+    row: int = 0
+    rows: int | None = None
+    transposed: bool = False
+
+
+def find_parts(config: ModelConfig, given: Collection[str]) -> dict[str, Part]:
+    """Which of the given Hugging Face tensors holds each native one.
+
+    Missing and unexpected names are all reported at once (ConfigError).
+    """
     keys = key_table(config)
     known = {key.hf for key in keys}
     # Written by older releases of transformers: causal masks and rotary frequencies, which are constants.
     constants = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
     # GPT-2's hub checkpoints leave out the "transformer." prefix.
-    names = {name if name in known else f"transformer.{name}": name for name in tensors}
+    names = {name if name in known else f"transformer.{name}": name for name in given}
     ignored = {"lm_head.weight", "transformer.lm_head.weight"} if config.tie_word_embeddings else set()
     problems = [Problem("tensor missing from the checkpoint", seen=name) for name in sorted(known - set(names))]
     problems += [
@@ -100,17 +113,29 @@ def from_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     ]
     if problems:
         raise ConfigError(problems=problems)
-    native: dict[str, Tensor] = {}
+    parts: dict[str, Part] = {}
     for key in keys:
-        value = tensors[names[key.hf]]
-        value = value.t() if key.transposed else value
-        native.update(zip(key.native, value.split(_row_counts(config, key, value)), strict=True))
-    return native
+        row = 0
+        for native, rows in zip(key.native, _row_counts(config, key), strict=True):
+            parts[native] = Part(names[key.hf], row, rows, key.transposed)
+            row += rows or 0
+    return parts
 
 
-def _row_counts(config: ModelConfig, key: Key, value: Tensor) -> list[int]:
+def from_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Native tensors from Hugging Face ones. Missing and unexpected names are all reported at once (ConfigError)."""
+    return {name: take_part(tensors[part.source], part) for name, part in find_parts(config, tensors).items()}
+
+
+def take_part(value: Tensor, part: Part) -> Tensor:
+    """A view of a native tensor in the Hugging Face one that holds it."""
+    value = value.t() if part.transposed else value
+    return value[part.row :][: part.rows]
+
+
+def _row_counts(config: ModelConfig, key: Key) -> list[int] | list[None]:
     if len(key.native) == 1:
-        return [value.shape[0]]
+        return [None]
     kv_rows = config.num_key_value_heads * config.head_dim
     return [config.num_attention_heads * config.head_dim, kv_rows, kv_rows]
 

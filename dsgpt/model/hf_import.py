@@ -236,7 +236,7 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
         except Exception as error:
             if type(error).__name__ != "UnpicklingError":  # damaged, not refused
                 raise
-            content = _execute_pickled(file)
+            content = execute_pickled(file)
     except Exception as error:  # whatever the file's own code raises
         raise ConfigError("a file of weights cannot be read", seen=f"{file}: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -244,7 +244,7 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
     return content
 
 
-def _execute_pickled(file: Path) -> Any:
+def execute_pickled(file: Path, mmap: bool = False) -> Any:
     """The one place where a file may execute: tests/architecture.py lists it."""
-    print(f"warning: {file} holds more than tensors: executing it, as --trust-checkpoint allows", file=sys.stderr)
-    return torch.load(file, map_location="cpu", weights_only=False)
+    print(f"warning: {file} holds more than tensors: executing it, as a person allowed", file=sys.stderr)
+    return torch.load(file, map_location="cpu", weights_only=False, mmap=mmap)
