@@ -57,6 +57,7 @@ LIGHT = (
     "cli",
     "quickstart",
     "checkpoint.commit",
+    "checkpoint.deepspeed_files",
     "checkpoint.locate",
     "checkpoint.retention",
     "checkpoint.starts",

@@ -66,7 +66,7 @@ def _named_by_latest(folder: Path) -> Path | None:
         return None
     name = latest.read_text("utf-8").strip()
     tag = folder / name
-    if not name or tag.resolve().parent != folder.resolve() or not tag.is_dir():
+    if not name or Path(name).name != name or not tag.is_dir():
         raise CheckpointError(
             "the file `latest` names a folder that is not there", seen=f"{latest}: {name!r}", do=_advice(folder)
         )

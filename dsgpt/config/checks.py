@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from dsgpt.config.model import described_folder
 from dsgpt.config.schema import RunConfig, default_min_learning_rate, nearest_divisors
 from dsgpt.config.shipped import find_deepspeed_config
 from dsgpt.errors import ConfigError, Problem
@@ -32,14 +34,18 @@ def _finding(keys: tuple[str, ...], what: str, seen: str, do: str) -> Finding:
 def _check_model(config: RunConfig) -> Iterator[Finding]:
     model = config.model
     kind, _, name = model.init_from.partition(":")
-    if model.init_from != "scratch" and not (kind in ("hf", "checkpoint", "fork") and name):
-        do = "write scratch, hf:<folder or hub name>, checkpoint:<path> or fork:<run>@<step>"
+    if model.init_from != "scratch" and not (kind in ("hf", "checkpoint", "deepspeed", "fork") and name):
+        do = "write scratch, hf:<folder or hub name>, checkpoint:<path>, deepspeed:<folder> or fork:<run>@<step>"
         yield _finding(("model.init_from",), "model.init_from is not understood", model.init_from, do)
-    if model.init_from == "scratch":
+    written = kind == "deepspeed" and described_folder(Path(name)) is None
+    if model.init_from == "scratch" or written:
         needed = ("hidden_size", "num_hidden_layers", "num_attention_heads")
         for key in (key for key in needed if getattr(model, key) is None):
+            what = (
+                f"model.{key}: required for a model {'whose folder has no config.json' if written else 'from scratch'}"
+            )
             do = f"set model.{key}: {type(model).model_fields[key].description}"
-            yield _finding((f"model.{key}",), f"model.{key}: required for a model from scratch", "not set", do)
+            yield _finding((f"model.{key}",), what, "not set", do)
     hidden, heads, kv_heads = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
     if hidden and heads and model.head_dim is None and hidden % heads:
         yield _finding(
@@ -195,8 +201,10 @@ def ineffective_settings(config: RunConfig, written: set[str]) -> list[str]:
         reasons["optimizer.min_learning_rate"] = "the schedule is constant"
     if model.position_embedding == "learned":
         reasons["model.rope_theta"] = "positions are learned, not rotary"
-    if model.init_from != "scratch":
-        for key in (key for key in type(model).model_fields if key not in ("init_from", "dropout")):
+    kind, _, name = model.init_from.partition(":")
+    if kind not in ("scratch", "deepspeed") or (kind == "deepspeed" and described_folder(Path(name))):
+        own = ("init_from", "trust_checkpoint", "dropout")
+        for key in (key for key in type(model).model_fields if key not in own):
             reasons[f"model.{key}"] = f"the shape comes from {model.init_from}"
     stop, training = config.run.stop_at_step, config.training
     if stop is not None and training.num_epochs is None and stop >= training.num_steps():

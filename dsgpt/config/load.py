@@ -149,9 +149,9 @@ def _with_absolute_paths(data: Any, origins: dict[tuple[str | int, ...], Leaf]) 
 
 
 def _absolute_init(value: str, base: Path) -> str:
-    """hf:NAME stays a hub name unless a folder of that name is there; checkpoint:PATH and fork:RUN@STEP are paths."""
+    """hf:NAME stays a hub name unless a folder of that name is there; the other kinds are paths."""
     kind, colon, name = value.partition(":")
-    if kind not in ("hf", "checkpoint", "fork") or not name:
+    if kind not in ("hf", "checkpoint", "deepspeed", "fork") or not name:
         return value
     path = Path(base, Path(name).expanduser()).resolve()
     return f"{kind}{colon}{path}" if kind != "hf" or name[0] in "./~" or path.is_dir() else value

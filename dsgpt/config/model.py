@@ -7,6 +7,7 @@ one method, `ModelSection.resolved`, that turns the first into the second.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -15,6 +16,11 @@ from dsgpt.config.fields import Bool, Count, Real, Section
 from dsgpt.errors import ConfigError
 
 ExportFormat = Literal["llama", "qwen3", "gpt2", "dsgpt"]
+
+
+def described_folder(place: Path) -> Path | None:
+    """Whose config.json says the shape of a DeepSpeed checkpoint: its folder's, or the one's that it lies in."""
+    return next((folder for folder in (place, place.parent) if (folder / "config.json").exists()), None)
 
 
 class Dropout(Section):
@@ -78,10 +84,12 @@ class ModelSection(_Architecture):
 
     init_from: str = Field(
         default="scratch",
-        description="scratch, hf:<folder or hub name>, checkpoint:<path> (weights) or fork:<run>@<step> (all state)",
+        description="scratch, hf:<folder or hub name>, checkpoint:<path> (weights), deepspeed:<folder> (what a DeepSpeed or "
+        "Trainer checkpoint holds) or fork:<run>@<step> (all state)",
     )
     trust_checkpoint: Bool = Field(
-        default=False, description="read the weights of init_from also from pytorch_model.bin, which may execute code"
+        default=False,
+        description="read what init_from names also from pytorch_model.bin, or DeepSpeed's pickles, that may execute code",
     )
     hidden_size: Count | None = Field(default=None, description="width of the residual stream")
     num_hidden_layers: Count | None = Field(default=None, description="number of transformer blocks")

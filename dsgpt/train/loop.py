@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from dsgpt.checkpoint.saver import Saver
-from dsgpt.checkpoint.weights import checkpoint_weights, hf_weights
 from dsgpt.data.dataset import Samples
 from dsgpt.data.mixture import MixtureStream, Segment
 from dsgpt.distributed import World
@@ -28,10 +27,11 @@ from dsgpt.model.recompute import apply_activation_checkpointing
 from dsgpt.optimizer import build_optimizer, learning_rate
 from dsgpt.process import StopRequest
 from dsgpt.train.folder import forecast_space, prepare_folder, write_resolved
+from dsgpt.train.initial import read_weights
 from dsgpt.train.left_out import LeftOutSteps
 from dsgpt.train.order import first_segments
 from dsgpt.train.resolve import ResolvedRun
-from dsgpt.train.resume import find_source, last_good, open_run, restore
+from dsgpt.train.resume import last_good, open_run, restore
 from dsgpt.train.save import Controls, finish_save, record_evaluation, save
 from dsgpt.train.spikes import MAX_ROLLBACKS_IN_A_ROW, LossSpikes
 from dsgpt.train.state import RunLog, TrainState
@@ -112,7 +112,7 @@ def train(
         run.enter("read the checkpoint", 3)
         restore(run, continuation)
     elif plan.config.model.init_from != "scratch":
-        _read_weights(run)
+        read_weights(run)
     write_resolved(plan, world, log, changes)
     if run.state.step >= plan.last_step:
         _end_at_once(run, continuation.forked)
@@ -179,19 +179,6 @@ def _rehearse(run: Run) -> None:
     run.engine.rehearse(batch)
     peak = run.world.max(run.engine.peak_memory_bytes())[0]
     run.log.event("rehearsed", f"it fits: peak memory {format_bytes(peak)} per rank", peak_memory_bytes=peak)
-
-
-def _read_weights(run: Run) -> None:
-    """Fill the model from what init_from names; what was read is given back on return."""
-    run.enter("read the weights", 3)
-    section, verify = run.plan.config.model, run.plan.config.checkpoint.verify
-    origin, _, place = section.init_from.partition(":")
-    if origin == "checkpoint":
-        weights = checkpoint_weights(find_source(place, run.world, verify))
-    else:
-        weights = hf_weights(Path(place), run.plan.model, section.trust_checkpoint)
-    run.engine.load(weights.read, ("master",), 0)
-    run.engine.load_buffers(weights.buffers)
 
 
 def _run_steps(run: Run) -> None:

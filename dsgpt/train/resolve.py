@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dsgpt.checkpoint import commit
+from dsgpt.checkpoint.deepspeed_files import find_deepspeed
 from dsgpt.checkpoint.locate import locate_checkpoint
 from dsgpt.config import ModelConfig, RunConfig, fill_deepspeed
+from dsgpt.config.model import described_folder
 from dsgpt.config.schema import nearest_divisors
 from dsgpt.data.manifest import TokenizerRecord
 from dsgpt.errors import ConfigError, DataError, Problem
@@ -157,8 +159,9 @@ def _check_tokenizer(config: RunConfig, data: RunData) -> None:
     if origin in ("checkpoint", "fork"):
         manifest = commit.read_manifest(locate_checkpoint(location))
         wanted.append((config.model.init_from, manifest["data"]["tokenizer_sha256"]))
-    if origin == "hf" and (Path(location) / "tokenizer.json").exists():
-        wanted.append((config.model.init_from, tokenizer_record(Path(location)).sha256))
+    folders = {"hf": [Path(location)], "deepspeed": [Path(location), Path(location).parent]}.get(origin, [])
+    for folder in [folder for folder in folders if (folder / "tokenizer.json").exists()][:1]:
+        wanted.append((config.model.init_from, tokenizer_record(folder).sha256))
     problems = [
         Problem(
             f"the data was made with another tokenizer than {name} has",
@@ -188,6 +191,10 @@ def _model_config(config: RunConfig, tokenizer: TokenizerRecord | None) -> Model
     if origin in ("checkpoint", "fork"):
         saved = ModelConfig.model_validate(commit.read_manifest(locate_checkpoint(location))["model"])
         return saved.model_copy(update={"dropout": config.model.dropout})
+    if origin == "deepspeed":
+        find_deepspeed(location)  # what is not read is refused here already
+        described = described_folder(Path(location))
+        origin, location = ("hf", str(described)) if described else (origin, location)
     if origin == "hf":
         from dsgpt.model.hf_import import read_hf_config
 

@@ -1,0 +1,218 @@
+"""Weights and, where they are there, Adam's moments of a checkpoint that DeepSpeed itself saved, in dsgpt's own names.
+
+    weights = deepspeed_weights(Path("out/checkpoint-10"), config, engine.parameter_shapes(), engine.state_kinds, world)
+
+Parameters are named as in Hugging Face's formats (the table of model/hf_format.py) or as dsgpt names them. Moments go
+through the same table: splitting and transposing is all it does, and that is the same for a weight and for its moments.
+
+Growth: a rank reads its own ranges (deepspeed_state.py says which files that opens). Where a native tensor is not a range of
+the one in the file (GPT-2's matrices are transposed) that one tensor is read whole, and the last one of each kind is kept:
+in memory at most three of the largest such matrices in fp32. Every rank looks at the table of contents of its share of the
+files (1/ranks) to find one that is cut off; the checksums of what they hold are not compared.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dsgpt.checkpoint.deepspeed_files import DeepSpeedFolder, find_deepspeed
+from dsgpt.checkpoint.deepspeed_state import MASTER, DeepSpeedState
+from dsgpt.checkpoint.weights import InitialWeights, hf_weights
+from dsgpt.config import ModelConfig
+from dsgpt.distributed import World
+from dsgpt.errors import CheckpointError, ConfigError, DsgptError, Problem
+from dsgpt.model.gpt import GPT
+from dsgpt.model.hf_format import Part, find_parts, take_part
+
+if TYPE_CHECKING:
+    from dsgpt.partitioned import Fragment
+
+_PREFIXES = ("module.", "_orig_mod.")  # of what wraps a model
+_LEFT = "not carried: the position in the data, the learning rate schedule, random numbers"
+
+
+@dataclass(frozen=True)
+class DeepSpeedWeights(InitialWeights):
+    """What was found, and in `told` and `text` what of it is carried and what is not."""
+
+    kinds: tuple[str, ...] = (MASTER,)
+    optimizer_steps: int = 0
+    loss_scale: Mapping[str, float] = field(default_factory=dict)
+    text: str = ""
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+
+def deepspeed_weights(
+    place: Path,
+    config: ModelConfig,
+    trained: Mapping[str, tuple[int, ...]],
+    kinds: tuple[str, ...],
+    world: World,
+    trust: bool = False,
+) -> DeepSpeedWeights:
+    """What a run of these trained parameters and these kinds of state can start from; a collective.
+
+    Raises CheckpointError or ConfigError, on all ranks, before anything is loaded.
+    """
+    error, weights = None, None
+    try:
+        folder = find_deepspeed(place)
+        _refuse_cut_off(folder, world)
+        weights = _from_safetensors(folder, config, trust) or _from_states(folder, config, trained, kinds, trust)
+    except DsgptError as problem:
+        error = problem
+    world.agree(error, "reading the DeepSpeed checkpoint")
+    assert weights is not None
+    return weights
+
+
+def _refuse_cut_off(folder: DeepSpeedFolder, world: World) -> None:
+    """Look at the end of this rank's share of the files, where a zip archive has its table of contents."""
+    files = [*folder.model_files.values(), *folder.optimizer_files.values()]
+    for path in files[world.rank :: world.size]:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                whole = any(name.endswith("data.pkl") for name in archive.namelist())
+        except (OSError, zipfile.BadZipFile) as error:
+            raise CheckpointError(
+                "a file of the checkpoint is cut off or not one that torch.save wrote",
+                seen=f"{path}: {path.stat().st_size if path.exists() else 0} bytes, {error}",
+                do="copy it again",
+            ) from error
+        if not whole:
+            raise CheckpointError("a file of the checkpoint is not one that torch.save wrote", seen=str(path))
+
+
+def _from_safetensors(folder: DeepSpeedFolder, config: ModelConfig, trust: bool) -> DeepSpeedWeights | None:
+    """A Trainer's whole weights, where DeepSpeed's own files do not have them."""
+    if folder.safetensors is None or (folder.tag is not None and (folder.optimizer_files or not folder.divided)):
+        return None
+    source = hf_weights(folder.safetensors, config, trust)
+    why = "the optimizer's files are missing"
+    text = f"imported {folder.safetensors}: weights from its safetensors; no moments, because {why}; {_LEFT}"
+    told = {"weights": "safetensors", "moments": False, "why": why, "optimizer_steps": 0}
+    return DeepSpeedWeights(source.read, source.buffers, text=text, told=told)
+
+
+def _from_states(
+    folder: DeepSpeedFolder,
+    config: ModelConfig,
+    trained: Mapping[str, tuple[int, ...]],
+    kinds: tuple[str, ...],
+    trust: bool,
+) -> DeepSpeedWeights:
+    state = DeepSpeedState(folder, trust)
+    reader = _NativeReader(state, config)
+    why = state.why or _why_not(reader, trained, kinds)
+    step = 0 if why else state.step
+    head, where = state.head, f"{folder.tag} (DeepSpeed {state.head.get('ds_version', 'unknown')}, ZeRO {state.stage})"
+    moments = f"no moments, because {why}" if why else f"Adam's moments and step {step}"
+    text = f"imported {where}, of step {head.get('global_steps')}: weights from {state.weights}; {moments}"
+    if state.extra and not why:
+        text += f"; the optimizer's {', '.join(state.extra)} left out"
+    told = {
+        "source": str(folder.tag), "zero_stage": state.stage, "ranks": state.ranks, "weights": state.weights,
+        "moments": not why, "why": why, "optimizer_steps": step, "global_steps": head.get("global_steps"),
+        "global_samples": head.get("global_samples"), "left_out": state.extra,
+    }  # fmt: skip
+    found = {} if why else state.loss_scale
+    buffers = {name: reader.whole(name) for name in reader.buffers}
+    return DeepSpeedWeights(reader.read, buffers, (MASTER,) if why else kinds, step, found, f"{text}; {_LEFT}", told)
+
+
+class _NativeReader:
+    """A checkpoint's tensors under dsgpt's names. Raises ConfigError naming every tensor that is not right."""
+
+    def __init__(self, state: DeepSpeedState, config: ModelConfig):
+        self.state = state
+        self._raw = {_stripped(name): name for name in state.shapes}
+        shapes = {name: state.shapes[raw] for name, raw in self._raw.items()}
+        with torch.device("meta"):
+            model = GPT(config)
+        wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.buffers = [name for name, _ in model.named_buffers()]
+        wanted |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
+        if config.tie_word_embeddings:
+            self._refuse_untied()
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        if config.export_format == "dsgpt" or wanted.keys() <= shapes.keys():
+            self.parts = {name: Part(name) for name in wanted if name in shapes}
+            names = [
+                (name, shapes.get(name)) for name in sorted((wanted.keys() | shapes.keys()) - (tied - wanted.keys()))
+            ]
+        else:
+            self.parts = find_parts(config, shapes)
+            names = [(name, _part_shape(shapes[part.source], part)) for name, part in sorted(self.parts.items())]
+        problems = [
+            Problem(
+                f"the checkpoint does not fit the model: {name}",
+                seen=f"{there or 'missing'}, expected {wanted.get(name, 'no such')}",
+            )
+            for name, there in names
+            if there != wanted.get(name)
+        ]
+        if problems:
+            raise ConfigError(problems=problems)
+        self.shapes, self._kept = shapes, {}
+
+    def _refuse_untied(self) -> None:
+        for name, raw in self._raw.items():
+            if (
+                name.endswith("lm_head.weight")
+                and raw not in self.state.aliases
+                and raw not in self.state.aliases.values()
+            ):
+                raise ConfigError(
+                    "the checkpoint's output head is a matrix of its own, and the model shares it with the embedding",
+                    seen=f"{self.state.folder.tag}: {raw}",
+                    do="correct tie_word_embeddings in config.json (model.tie_word_embeddings=false where there is none)",
+                )
+
+    def trained(self, native: str) -> bool:
+        """Whether the checkpoint has the optimizer's state of a parameter, and of it alone."""
+        raw = self._raw[self.parts[native].source]
+        return raw in self.state.trained
+
+    def read(self, fragment: Fragment, kind: str) -> Tensor:
+        part = self.parts[fragment.name]
+        raw, shape = self._raw[part.source], self.shapes[part.source]
+        if part.transposed:
+            return take_part(self._whole(raw, shape, kind), part).flatten()[fragment.start :][: fragment.numel]
+        row = shape[1:].numel() if isinstance(shape, torch.Size) else torch.Size(shape[1:]).numel()
+        return self.state.read(raw, kind, part.row * row + fragment.start, fragment.numel)
+
+    def _whole(self, raw: str, shape: tuple[int, ...], kind: str) -> Tensor:
+        """A whole tensor of the checkpoint; kept until another one of its kind is asked for, since three may lie in it."""
+        if self._kept.get(kind, ("",))[0] != raw:
+            self._kept[kind] = raw, self.state.read(raw, kind, 0, torch.Size(shape).numel()).view(shape)
+        return self._kept[kind][1]
+
+    def whole(self, native: str) -> Tensor:
+        return self.state.whole[self._raw[self.parts[native].source]]
+
+
+def _stripped(name: str) -> str:
+    for prefix in _PREFIXES * 2:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _part_shape(shape: tuple[int, ...], part: Part) -> tuple[int, ...]:
+    return tuple(take_part(torch.empty(shape, device="meta"), part).shape)
+
+
+def _why_not(reader: _NativeReader, trained: Mapping[str, tuple[int, ...]], kinds: tuple[str, ...]) -> str:
+    """Why the optimizer's state is not carried, or nothing."""
+    if set(kinds) != {MASTER, *reader.state.moments}:
+        return f"this run's optimizer has other state ({', '.join(kinds[1:]) or 'none'})"
+    missing = [name for name in trained if not reader.trained(name)]
+    if missing:
+        return f"the checkpoint has none of {len(missing)} parameters that are trained here ({', '.join(missing[:3])})"
+    return ""
