@@ -3,10 +3,6 @@
     state = DeepSpeedState(find_deepspeed(folder), trust=False)
     state.read("model.norm.weight", "exp_avg", start=0, numel=32)
 
-DeepSpeed writes pickles. They are read with torch's unpickler for tensors plus the few names in `_HARMLESS`, for which
-stand-ins without behaviour are made; anything else is refused by name and nothing in a file is executed. The price is that a
-checkpoint whose client state holds objects of other libraries is refused until a person trusts it.
-
 Where a parameter lies is computed from the order that DeepSpeed recorded: at stages 1 and 2 all parameters of a group in one
 vector, cut into equal partitions; at stage 3 each parameter cut over all ranks. Each file's own record of what it holds is
 compared with that when the file is opened. Files are mapped, not read: only the pages of a range are.
@@ -29,60 +25,13 @@ import torch
 from torch import Tensor
 
 from dsgpt.checkpoint.deepspeed_files import DeepSpeedFolder
+from dsgpt.checkpoint.deepspeed_pickle import load_pickled
 from dsgpt.checkpoint.ranges import overlaps
 from dsgpt.errors import CheckpointError
-from dsgpt.model.hf_import import execute_pickled
 
 MASTER, FROZEN = "master", "frozen"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _COMPARED = 64  # elements of each parameter by which its order in a file without names is checked
-
-
-class Plain:
-    """Stands in for an object of DeepSpeed's: its attributes, and nothing that could run."""
-
-
-_HARMLESS = [
-    (Plain, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (Plain, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (Plain, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-]
-
-
-def load_pickled(path: Path, trust: bool) -> Any:
-    """The content of a file that torch.save wrote, its tensors mapped. Raises CheckpointError."""
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        if type(error).__name__ != "UnpicklingError":
-            raise CheckpointError(
-                "a file of the checkpoint cannot be read", seen=f"{path}: {_first_line(error)}", do="copy it again"
-            ) from error
-        refused = error
-    if not trust:
-        raise CheckpointError(
-            "a file of the checkpoint holds more than tensors, and reading that could execute code",
-            seen=f"{path}: {_foreign_names(path) or _first_line(refused)}",
-            do="save without client state of other libraries; if you trust who made it: model.trust_checkpoint=true",
-        )
-    try:
-        return execute_pickled(path, mmap=True)
-    except Exception as error:  # whatever the file's own code raises
-        raise CheckpointError("a file of the checkpoint cannot be read", seen=f"{path}: {error!r}") from error
-
-
-def _foreign_names(path: Path) -> str:
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path))))
-    except Exception:  # a pickle that even its names cannot be read from
-        return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [repr(error)])[0][:300]
 
 
 class Place(NamedTuple):
