@@ -65,6 +65,10 @@ def live_state(engine):
 
     optimizer, found = engine.optimizer, {}
     inner = getattr(optimizer, "optimizer", optimizer)
+    if hasattr(optimizer, "_hp_optimizer_states_linked"):
+        # Linked after the first group's step, when the second had no state yet, and never again.
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
     for name, p in engine.module.named_parameters():
         if not p.requires_grad:
             found[name] = (p.detach(),)
@@ -96,7 +100,9 @@ def save_on_ranks(world, folder, kind, stage, dtype, freeze="", zero=None, optim
     if world.is_main:
         model.config.save_pretrained(folder)
     with deepspeed.zero.GatheredParameters([p for p in model.parameters() if not p.requires_grad]):
-        return live_state(engine) if optimizer == "adamw" else {}
+        inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        adam_steps = {int(one["step"]) for one in inner.state.values() if "step" in one}  # stage 0 in bf16 begins at 1
+        return live_state(engine) if optimizer == "adamw" and steps else {}, adam_steps
 
 
 def native_state(kind, saved):
