@@ -7,8 +7,8 @@ through the same table: splitting and transposing is all it does, and that is th
 
 Growth: a rank reads its own ranges (deepspeed_state.py says which files that opens). Where a native tensor is not a range of
 the one in the file (GPT-2's matrices are transposed) that one tensor is read whole, and the last one of each kind is kept:
-in memory at most three of the largest such matrices in fp32. Every rank looks at the table of contents of its share of the
-files (1/ranks) to find one that is cut off; the checksums of what they hold are not compared.
+in memory at most three of the largest such matrices in fp32. Before anything is loaded every rank opens its share of the
+files (1/ranks), so that one that is cut off, or holds what is not read, is refused; checksums are not compared.
 """
 
 from __future__ import annotations
@@ -61,13 +61,17 @@ def deepspeed_weights(
 
     Raises CheckpointError or ConfigError, on all ranks, before anything is loaded.
     """
-    error, weights = None, None
+    error: DsgptError | None = None
+    weights = None
     try:
         folder = find_deepspeed(place)
         _refuse_cut_off(folder, world)
-        weights = _from_safetensors(folder, config, trust) or _from_states(folder, config, trained, kinds, trust)
+        weights = _from_safetensors(folder, config, trust) or _from_states(folder, config, trained, kinds, world, trust)
     except DsgptError as problem:
         error = problem
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as problem:
+        do = "bring back the files of one save; another DeepSpeed version: convert it with its zero_to_fp32.py"
+        error = CheckpointError("the files are not laid out as DeepSpeed does it", seen=f"{place}: {problem!r}", do=do)
     world.agree(error, "reading the DeepSpeed checkpoint")
     assert weights is not None
     return weights
@@ -106,10 +110,12 @@ def _from_states(
     config: ModelConfig,
     trained: Mapping[str, tuple[int, ...]],
     kinds: tuple[str, ...],
+    world: World,
     trust: bool,
 ) -> DeepSpeedWeights:
     state = DeepSpeedState(folder, trust)
     reader = _NativeReader(state, config)
+    state.check(range(world.rank, state.ranks, world.size))
     why = state.why or _why_not(reader, trained, kinds)
     step = 0 if why else state.step
     head, where = state.head, f"{folder.tag} (DeepSpeed {state.head.get('ds_version', 'unknown')}, ZeRO {state.stage})"

@@ -225,7 +225,7 @@ class DeepSpeedState:
 
     def _place_joined(self, groups: Sequence[Mapping[str, Any]], pieces: Sequence[int]) -> None:
         """Stages 1 and 2: the parameters of a group in one vector, padded to a multiple of twice the ranks."""
-        if len(groups) != len(pieces) or len(self._paddings) != len(groups):
+        if len(groups) != len(pieces) or list(map(len, groups)) != list(map(len, self._paddings)):
             self._refuse_sizes(f"{len(pieces)} flat partitions for {len(groups)} groups of parameters")
         for group, (shapes, piece, paddings) in enumerate(zip(groups, pieces, self._paddings, strict=True)):
             base = 0
@@ -246,11 +246,14 @@ class DeepSpeedState:
         """What a rank saved of the optimizer, compared with what rank 0's files say when it is opened first."""
         path = self.folder.optimizer_files[rank]
         known = path in self._files
-        saved = self._open(path)["optimizer_state_dict"]
+        content = self._open(path)
+        saved = content["optimizer_state_dict"]
         if known:
             return saved
         flats = saved[self._masters]
-        for group, mapping in enumerate(saved.get("param_slice_mappings") or []):
+        # With round_robin_gradients (DeepSpeed 0.19.8) that record is of another order than the partitions have.
+        shuffled = content.get("ds_config", {}).get("zero_optimization", {}).get("round_robin_gradients")
+        for group, mapping in enumerate([] if shuffled else saved.get("param_slice_mappings") or []):
             for name, place in self.trained.items():
                 if place.group == group and name in mapping:
                     begins = max(place.base, rank * place.piece)
@@ -260,6 +263,14 @@ class DeepSpeedState:
         if self.stage == 3 and [len(one) for one in flats] != [len(one) for one in self._partition(0)[self._masters]]:
             self._refuse_sizes(f"{path.name} has partitions of other sizes than rank 0's")
         return saved
+
+    def check(self, ranks: Sequence[int]) -> None:
+        """Open what these ranks saved. Raises CheckpointError where that is not read or not where it should be."""
+        for rank in ranks:
+            if self.folder.optimizer_files:
+                self._partition(rank)
+            if self.frozen:
+                self._open(self.folder.model_files[rank])
 
     def _find_moments(self, states: Any, optimizer: Any, count: int) -> None:
         """Whether Adam's state is there for all flat tensors, at one step."""

@@ -6,7 +6,6 @@ live fp32 tensors as DeepSpeed's own functions gather them, by the model's own n
 
 from __future__ import annotations
 
-
 import torch
 
 WORLD, STEPS, VOCABULARY, LENGTH = 2, 3, 101, 16
@@ -77,7 +76,9 @@ def live_state(engine):
             found[name] = (safe_get_full_fp32_param(p), *states)
         else:
             master = p
-            for working, masters in zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True):
+            for working, masters in zip(
+                getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True
+            ):
                 master = next((m for w, m in zip(working, masters, strict=True) if w is p), master)
             found[name] = (master.detach(), inner.state[master]["exp_avg"], inner.state[master]["exp_avg_sq"])
     return {name: tuple(t.clone().float() for t in values) for name, values in found.items()}
