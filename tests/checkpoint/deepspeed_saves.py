@@ -6,21 +6,23 @@ live fp32 tensors as DeepSpeed's own functions gather them, by the model's own n
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 
 WORLD, STEPS, VOCABULARY, LENGTH = 2, 3, 101, 16
 
 
-def transformers_model(kind):
+def transformers_model(kind, vocabulary=VOCABULARY):
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
     if kind == "gpt2":
-        sizes = {"n_embd": 36, "n_layer": 2, "n_head": 3, "vocab_size": VOCABULARY, "n_positions": 32}
+        sizes = {"n_embd": 36, "n_layer": 2, "n_head": 3, "vocab_size": vocabulary, "n_positions": 32}
         model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     else:
         sizes = {"hidden_size": 30, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 5,
-                 "num_key_value_heads": 5, "vocab_size": VOCABULARY, "max_position_embeddings": 32}  # fmt: skip
+                 "num_key_value_heads": 5, "vocab_size": vocabulary, "max_position_embeddings": 32}  # fmt: skip
         model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -76,18 +78,19 @@ def live_state(engine):
             found[name] = (safe_get_full_fp32_param(p), *states)
         else:
             master = p
-            for working, masters in zip(
-                getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True
-            ):
-                master = next((m for w, m in zip(working, masters, strict=True) if w is p), master)
+            if hasattr(optimizer, "fp32_groups"):
+                pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
+                master = next(master for working, master in pairs if working is p)
             found[name] = (master.detach(), inner.state[master]["exp_avg"], inner.state[master]["exp_avg_sq"])
     return {name: tuple(t.clone().float() for t in values) for name, values in found.items()}
 
 
-def save_on_ranks(world, folder, kind, stage, dtype, freeze="", zero=None, optimizer="adamw", steps=STEPS, client=None):
+def save_on_ranks(
+    world, folder, kind, stage, dtype, freeze="", zero=None, optimizer="adamw", steps=STEPS, vocabulary=VOCABULARY
+):
     import deepspeed
 
-    model = transformers_model(kind)
+    model = transformers_model(kind, vocabulary)
     if freeze:
         model.get_parameter(freeze).requires_grad_(False)
     chosen = adamw(model) if optimizer == "adamw" else torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -97,7 +100,7 @@ def save_on_ranks(world, folder, kind, stage, dtype, freeze="", zero=None, optim
     for step in range(steps):
         engine.backward(engine(**batch(step, world.rank)).loss)
         engine.step()
-    engine.save_checkpoint(str(folder), client_state=client or {})
+    engine.save_checkpoint(str(folder))
     if world.is_main:
         model.config.save_pretrained(folder)
     with deepspeed.zero.GatheredParameters([p for p in model.parameters() if not p.requires_grad]):

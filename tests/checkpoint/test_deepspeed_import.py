@@ -99,7 +99,7 @@ def saves(tmp_path_factory):
 
 
 def _positional(options):
-    names = {"freeze": "", "zero": None, "optimizer": "adamw", "steps": STEPS, "client": None}
+    names = {"freeze": "", "zero": None, "optimizer": "adamw"}
     return [options.get(name, default) for name, default in names.items()]
 
 
