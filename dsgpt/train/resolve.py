@@ -159,8 +159,8 @@ def _check_tokenizer(config: RunConfig, data: RunData) -> None:
     if origin in ("checkpoint", "fork"):
         manifest = commit.read_manifest(locate_checkpoint(location))
         wanted.append((config.model.init_from, manifest["data"]["tokenizer_sha256"]))
-    folders = {"hf": [Path(location)], "deepspeed": [Path(location), Path(location).parent]}.get(origin, [])
-    for folder in [folder for folder in folders if (folder / "tokenizer.json").exists()][:1]:
+    folder = (described_folder(Path(location)) if origin == "deepspeed" else None) or Path(location)
+    if origin in ("hf", "deepspeed") and (folder / "tokenizer.json").exists():
         wanted.append((config.model.init_from, tokenizer_record(folder).sha256))
     problems = [
         Problem(

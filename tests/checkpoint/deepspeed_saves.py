@@ -6,10 +6,20 @@ live fp32 tensors as DeepSpeed's own functions gather them, by the model's own n
 
 from __future__ import annotations
 
+import json
 from itertools import chain
+from pathlib import Path
 
 import torch
 
+from dsgpt.config import Dropout, ModelConfig
+from dsgpt.model.gpt import GPT
+from dsgpt.model.hf_format import hf_config
+
+BATCH_NORM = ModelConfig(
+    hidden_size=30, num_hidden_layers=2, num_attention_heads=5, num_key_value_heads=5, head_dim=6, intermediate_size=44,
+    vocab_size=101, max_position_embeddings=32, norm="batchnorm", dropout=Dropout(),
+)  # fmt: skip
 WORLD, STEPS, VOCABULARY, LENGTH = 2, 3, 101, 16
 
 
@@ -17,6 +27,8 @@ def transformers_model(kind, vocabulary=VOCABULARY):
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
+    if kind == "dsgpt":  # no Hugging Face architecture holds it, and it has buffers
+        return GPT(BATCH_NORM)
     if kind == "gpt2":
         sizes = {"n_embd": 36, "n_layer": 2, "n_head": 3, "vocab_size": vocabulary, "n_positions": 32}
         model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
@@ -44,7 +56,9 @@ def deepspeed_config(stage, dtype, **zero):
     }
     if stage == 3:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 500
-    if dtype == "bf16_sums":  # what makes DeepSpeed take another optimizer class at stage 1
+    if dtype == "fp16":  # a scale that grows within the first steps
+        config["fp16"] = {"enabled": True, "initial_scale_power": 6, "loss_scale_window": 2, "hysteresis": 1}
+    elif dtype == "bf16_sums":  # what makes DeepSpeed take another optimizer class at stage 1
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     elif dtype == "bf16":
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}
@@ -90,6 +104,7 @@ def save_on_ranks(
 ):
     import deepspeed
 
+    deepspeed.get_accelerator().is_fp16_supported = lambda: True  # it computes in fp16, only without fast kernels
     model = transformers_model(kind, vocabulary)
     if freeze:
         model.get_parameter(freeze).requires_grad_(False)
@@ -98,11 +113,16 @@ def save_on_ranks(
         model=model, optimizer=chosen, config=deepspeed_config(stage, dtype, **(zero or {})), dist_init_required=False
     )
     for step in range(steps):
-        engine.backward(engine(**batch(step, world.rank)).loss)
+        loss = engine(**batch(step, world.rank))
+        engine.backward(loss / 100 if kind == "dsgpt" else loss.loss)  # ours is a sum
         engine.step()
     engine.save_checkpoint(str(folder))
     if world.is_main:
-        model.config.save_pretrained(folder)
+        if kind == "dsgpt":
+            Path(folder, "config.json").write_text(json.dumps(hf_config(BATCH_NORM, None, None)))
+            torch.save(dict(engine.module.named_buffers()), Path(folder, "buffers"))
+        else:
+            model.config.save_pretrained(folder)
     with deepspeed.zero.GatheredParameters([p for p in model.parameters() if not p.requires_grad]):
         inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
         adam_steps = {int(one["step"]) for one in inner.state.values() if "step" in one}  # stage 0 in bf16 begins at 1
@@ -111,6 +131,8 @@ def save_on_ranks(
 
 def native_state(kind, saved):
     """The saved tensors as dsgpt names and lays them out, written out by hand."""
+    if kind == "dsgpt":
+        return saved
     names = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
     result = {}
     for name, values in saved.items():

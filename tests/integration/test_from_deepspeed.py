@@ -25,6 +25,7 @@ from tests.checkpoint.test_deepspeed_import import assembled, import_on_ranks
 from tests.integration.test_resume import metrics, train_here
 from tests.integration.test_rewind import events
 from tests.pool import ranks
+from tests.test_loss_scale import train_run
 
 LEARNING_RATE = 3e-3
 
@@ -163,3 +164,15 @@ def test_what_a_real_trainer_saved_is_read_bit_for_bit(tmp_path, stage, there):
         for kind, value in zip(("master", "exp_avg", "exp_avg_sq"), values, strict=True):
             assert torch.equal(found[(name, kind)], value), (name, kind)
     assert results[0][4] == {STEPS} and len(found) == 3 * len(live)
+
+
+def test_a_run_in_fp16_begins_with_the_imported_loss_scale_and_tells_it(write_run, dataset, tmp_path):
+    vocabulary = json.loads((dataset / "dataset.json").read_text())["tokenizer"]["vocab_size"]
+    (tmp_path / "saved").mkdir()
+    arguments = (str(tmp_path / "saved"), "llama", 2, "fp16", "", None, "adamw", STEPS, vocabulary)
+    ranks(2).run(save_on_ranks, *arguments)
+    yaml = started(write_run, (tmp_path / "saved",), "fp16", steps=2)
+    ranks(2).run(train_run, yaml, {"initial_scale_power": 12}, 0, "a")
+    assert "loss scale 128" in events(tmp_path / "fp16", "imported")[0]["text"], "64 in the file's config, doubled once"
+    lines = [json.loads(line) for line in (tmp_path / "fp16/metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["loss_scale"] == 128.0, "this run's own initial scale is 4096"
