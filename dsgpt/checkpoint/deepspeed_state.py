@@ -7,10 +7,11 @@ Where a parameter lies is computed from the order that DeepSpeed recorded: at st
 vector, cut into equal partitions; at stage 3 each parameter cut over all ranks. Each file's own record of what it holds is
 compared with that when the file is opened. Files are mapped, not read: only the pages of a range are.
 
-Growth: every rank unpickles the model's file of rank 0 and one optimizer file, and then those that hold its ranges: of 1,024
-files of a ZeRO-3 checkpoint (world before)/(world now) + 1 neighbours where the run is ZeRO-3 too. Between stage 3 and
-stages 1/2 partitions lie across each other, and a rank opens up to all files; so does every rank of a stage 0 run, which
-holds everything. An unpickled file costs its names (kilobytes at stage 3, at stages 1/2 one entry a parameter).
+Growth: every rank unpickles the model's file of rank 0, one optimizer file, its share (1/ranks) of all in `check`, and those
+that hold its ranges: of 1,024 files of a ZeRO-3 checkpoint (world before)/(world now) + 1 neighbours where the run is ZeRO-3
+too. Between stage 3 and stages 1/2 partitions lie across each other, and a rank opens up to all files; so does every rank of
+a stage 0 run, which holds everything. An unpickled file costs its names: kilobytes at stage 3, at stages 1/2 an entry for
+each parameter in it.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class DeepSpeedState:
         self.weights, self.moments, self.why = "", (), ""
         self.step, self.extra, self.loss_scale = 0, [], {}
         self.stage, self.ranks, self._lean, self._paddings = 0, 1, False, []
+        self._sizes: list[int] = []  # of a rank's flat partitions, padding included
+        self._checked: set[int] = set()  # ranks whose file was compared
         self._flats: dict[str, Sequence[Tensor]] = {}  # stage 0's: one file has them all
         self._check_head()
         optimizer = self.head.get("optimizer")
@@ -180,10 +183,12 @@ class DeepSpeedState:
         self.aliases = dict(self.head.get("shared_params") or {})
         if self.stage == 3:
             self._place_divided(groups, sizes)
+            self._sizes = sizes
         else:
             self._paddings = first.get("param_alignment_paddings") or [[0] * len(group) for group in groups]
             pieces = [n + (p if self._lean else 0) for n, p in zip(sizes, first["group_paddings"], strict=True)]
             self._place_joined(groups, pieces)
+            self._sizes = pieces
             self._take_module(self.aliases)
             self.whole = {name: value for name, value in self.whole.items() if name not in self.trained}
             self.whole |= self.head.get("frozen_param_fragments") or {}
@@ -243,25 +248,29 @@ class DeepSpeedState:
         )
 
     def _partition(self, rank: int) -> Mapping[str, Any]:
-        """What a rank saved of the optimizer, compared with what rank 0's files say when it is opened first."""
-        path = self.folder.optimizer_files[rank]
-        known = path in self._files
-        content = self._open(path)
+        """What a rank saved of the optimizer; compared, when it is opened first, with what rank 0's files say."""
+        content = self._open(self.folder.optimizer_files[rank])
         saved = content["optimizer_state_dict"]
-        if known:
+        if rank in self._checked:
             return saved
-        flats = saved[self._masters]
+        self._checked.add(rank)
+        name, flats, states = self.folder.optimizer_files[rank].name, saved[self._masters], _states(saved[self._inner])
+        paddings = saved["group_paddings"] if self._lean and self.stage < 3 else [0] * len(flats)
+        if [len(flat) + padding for flat, padding in zip(flats, paddings, strict=True)] != self._sizes:
+            self._refuse_sizes(f"{name} has partitions of other sizes than rank 0's")
+        for group, flat in enumerate(flats):
+            if any(states[group][kind].numel() < len(flat) for kind in self.moments):
+                self._refuse_sizes(f"{name} has moments of fewer elements than weights")
         # With round_robin_gradients (DeepSpeed 0.19.8) that record is of another order than the partitions have.
         shuffled = content.get("ds_config", {}).get("zero_optimization", {}).get("round_robin_gradients")
-        for group, mapping in enumerate([] if shuffled else saved.get("param_slice_mappings") or []):
-            for name, place in self.trained.items():
-                if place.group == group and name in mapping:
-                    begins = max(place.base, rank * place.piece)
-                    numel = min(place.base + math.prod(place.shape), (rank + 1) * place.piece) - begins
-                    if (mapping[name].start, mapping[name].numel) != (begins - rank * place.piece, numel):
-                        self._refuse_sizes(f"{path.name} has {name} elsewhere than computed")
-        if self.stage == 3 and [len(one) for one in flats] != [len(one) for one in self._partition(0)[self._masters]]:
-            self._refuse_sizes(f"{path.name} has partitions of other sizes than rank 0's")
+        recorded = [] if shuffled else saved.get("param_slice_mappings") or []
+        for parameter, place in self.trained.items():
+            address = recorded[int(place.group)].get(parameter) if recorded else None
+            if address is not None:
+                begins = max(place.base, rank * place.piece)
+                numel = min(place.base + math.prod(place.shape), (rank + 1) * place.piece) - begins
+                if (address.start, address.numel) != (begins - rank * place.piece, numel):
+                    self._refuse_sizes(f"{name} has {parameter} elsewhere than computed")
         return saved
 
     def check(self, ranks: Sequence[int]) -> None:

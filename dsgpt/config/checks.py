@@ -37,7 +37,8 @@ def _check_model(config: RunConfig) -> Iterator[Finding]:
     if model.init_from != "scratch" and not (kind in ("hf", "checkpoint", "deepspeed", "fork") and name):
         do = "write scratch, hf:<folder or hub name>, checkpoint:<path>, deepspeed:<folder> or fork:<run>@<step>"
         yield _finding(("model.init_from",), "model.init_from is not understood", model.init_from, do)
-    written = kind == "deepspeed" and described_folder(Path(name)) is None
+    # What a run started from may be gone when it continues: a folder that is not there is no finding here.
+    written = kind == "deepspeed" and Path(name).is_dir() and described_folder(Path(name)) is None
     if model.init_from == "scratch" or written:
         needed = ("hidden_size", "num_hidden_layers", "num_attention_heads")
         for key in (key for key in needed if getattr(model, key) is None):

@@ -301,6 +301,11 @@ def other_address(saved):
     vars(saved["optimizer_state_dict"]["param_slice_mappings"][0]["lm_head.weight"]).update(start=7)
 
 
+def shorten(saved):
+    flat = saved["optimizer_state_dict"]["base_optimizer_state"]["state"][0]
+    flat["exp_avg"] = flat["exp_avg"][:-100].clone()
+
+
 def copy_as(path, before, after):
     shutil.copy(path, path.with_name(path.name.replace(before, after)))
 
@@ -324,6 +329,7 @@ DAMAGE = {
     "a parameter is left out": (lambda tag: change(head_of(tag), leave_out), ["do not fit together"]),
     "a name of another model": (lambda tag: change(head_of(tag), other_name), ["no place for", "model.nose.weight"]),
     "another address": (lambda tag: change(second(tag), other_address), ["elsewhere than computed"]),
+    "moments cut short": (lambda tag: change(second(tag), shorten), ["fewer elements than weights"]),
     "not a model's file": (lambda tag: change(head_of(tag), lambda head: head.pop("module")), ["not a file of DeepSpeed's"]),
     "no shapes": (lambda tag: change(head_of(tag), lambda head: head.pop("param_shapes")), ["not laid out", "param_shapes"]),
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,10 +104,13 @@ def test_the_first_loss_is_transformers_and_the_next_are_those_of_a_continued_ad
     assert counters["step"] == 3 and counters["consumed_samples"] == 48 and counters["optimizer_steps"] == STEPS + 3
 
 
-def test_an_imported_run_that_stops_and_goes_on_equals_one_that_did_not(write_run, saved, tmp_path):
+def test_an_imported_run_goes_on_as_if_it_had_not_stopped_also_when_its_source_is_gone(write_run, saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "source")
+    saved = (tmp_path / "source", *saved[1:])
     straight, stopped = (started(write_run, saved, name, steps=5) for name in ("straight", "stopped"))
     assert ranks(2).run(train_here, straight, [], 0, "a") == [5, 5]
     assert "stopped at step 2" in ranks(2).run(train_here, stopped, [], 2, "a")[0]
+    shutil.rmtree(tmp_path / "source")
     assert ranks(2).run(train_here, stopped, [], 0, "b") == [5, 5]
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
     assert len(events(tmp_path / "stopped", "imported")) == 1
