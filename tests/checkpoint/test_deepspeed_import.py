@@ -43,10 +43,7 @@ def import_on_ranks(world, folder, stage, dtype="fp32", optimizer="adamw", trust
     model = construct(lambda: GPT(config), filled)
     engine = Engine(model, build_optimizer(model, OptimizerSection(name=optimizer, learning_rate=1e-2)), filled, world)
     engine.rehearse(largest_micro_batch(config.vocab_size, 16, 2, world.device))
-    try:
-        weights = deepspeed_weights(Path(folder), config, engine.parameter_shapes(), engine.state_kinds, world, trust)
-    except DsgptError as error:
-        return f"{type(error).__name__}: {error}"
+    weights = deepspeed_weights(Path(folder), config, engine.parameter_shapes(), engine.state_kinds, world, trust)
     engine.load(weights.read, weights.kinds, weights.optimizer_steps)
     kinds = engine.state_kinds
     read = {(f, kind): engine.read(f, kind).clone() for f in engine.fragments() for kind in kinds}
@@ -136,6 +133,7 @@ def test_of_a_model_with_frozen_parameters_the_weights_are_read_and_the_reason_i
     assert "that are trained here" in results[0][2]["why"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, zero",
     [(3, {"sub_group_size": 3000}), (2, {"elastic_checkpoint": True})],
@@ -146,6 +144,7 @@ def test_other_layouts_of_the_same_stage_are_read_too(saves, stage, zero):
     assert_imported(ranks(2).run(import_on_ranks, str(folder), 3), "llama", live)
 
 
+@pytest.mark.slow
 def test_partitions_in_round_robin_order_are_those_of_the_same_run_in_plain_order(saves):
     """DeepSpeed's own gathering functions return other elements with this setting, so the other run is the oracle."""
     folder, _ = saves("llama", 1, "fp32", zero={"round_robin_gradients": True})
@@ -254,8 +253,17 @@ def test_a_tag_folder_can_be_named_itself_and_parameters_may_be_wrapped(copied):
 # ---- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def refusal(folder, size=2, **options):
-    results = ranks(size).run(import_on_ranks, str(folder), 1, *options.values())
+def refuse_on_ranks(world, folder):
+    config = read_hf_config(folder)
+    shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
+    try:
+        return deepspeed_weights(Path(folder), config, shapes, ("master", "exp_avg", "exp_avg_sq"), world)
+    except DsgptError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def refusal(folder):
+    results = ranks(2).run(refuse_on_ranks, str(folder))
     assert all(isinstance(one, str) for one in results), "not every rank refused"
     return " ".join(results)
 
@@ -377,9 +385,8 @@ def test_a_hostile_pickle_is_refused_by_name_and_nothing_in_it_runs(copied, tmp_
     told = refusal(folder)
     assert "mkdir" in told and "could execute code" in told and "trust_checkpoint" in told
     assert not canary.exists()
-    results = ranks(1).run(import_on_ranks, str(folder), 1, "fp32", "adamw", True)
+    ranks(1).run(import_on_ranks, str(folder), 1, "fp32", "adamw", True)
     assert canary.exists(), "the payload is not live, so nothing was tested"
-    assert not isinstance(results[0], str), results[0]
 
 
 def test_several_checkpoints_are_listed_and_none_is_chosen(copied, tmp_path):

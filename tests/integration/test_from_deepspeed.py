@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from dsgpt.checkpoint import commit
+from dsgpt.checkpoint.deepspeed_files import find_deepspeed
+from dsgpt.checkpoint.deepspeed_state import DeepSpeedState
 from dsgpt.config import load_config
 from dsgpt.data.mixture import MixtureStream
 from dsgpt.errors import CheckpointError, ConfigError
@@ -180,3 +182,14 @@ def test_a_run_in_fp16_begins_with_the_imported_loss_scale_and_tells_it(write_ru
     assert "loss scale 128" in events(tmp_path / "fp16", "imported")[0]["text"], "64 in the file's config, doubled once"
     lines = [json.loads(line) for line in (tmp_path / "fp16/metrics.jsonl").read_text().splitlines()]
     assert lines[0]["loss_scale"] == 128.0, "this run's own initial scale is 4096"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_range_opens_only_the_file_that_holds_it(tmp_path, stage):
+    live, _ = ranks(2).run(save_on_ranks, str(tmp_path), "llama", stage, "fp32")[0]
+    name = "model.layers.0.mlp.up_proj.weight" if stage == 3 else "model.embed_tokens.weight"
+    state = DeepSpeedState(find_deepspeed(tmp_path), trust=False)
+    first = state.read(name, "exp_avg", 5, 20)
+    assert torch.equal(first, live[name][1].flatten()[5:25]) and len(state._files) == 2, "the model's and rank 0's"
+    last = "lm_head.weight"
+    assert torch.equal(state.read(last, "exp_avg", 3000, 30), live[last][1].flatten()[3000:]) and len(state._files) == 3
