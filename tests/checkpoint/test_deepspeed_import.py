@@ -279,10 +279,6 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-300])
 
 
-def rename(path, name):
-    path.rename(path.with_name(name))
-
-
 def second(tag):
     return next(tag.glob("*zero_pp_rank_1_*optim_states.pt"))
 
