@@ -191,5 +191,7 @@ def test_a_range_opens_only_the_file_that_holds_it(tmp_path, stage):
     state = DeepSpeedState(find_deepspeed(tmp_path), trust=False)
     first = state.read(name, "exp_avg", 5, 20)
     assert torch.equal(first, live[name][1].flatten()[5:25]) and len(state._files) == 2, "the model's and rank 0's"
+    maps = Path("/proc/self/maps").read_text()
+    assert all(str(path) in maps for path in state._files), "mapped, not read as a whole"
     last = "lm_head.weight"
     assert torch.equal(state.read(last, "exp_avg", 3000, 30), live[last][1].flatten()[3000:]) and len(state._files) == 3
