@@ -37,6 +37,7 @@ from dsgpt.errors import DamagedError
 
 BLOCK_BYTES = 16384
 CHUNK_BYTES = 256 * BLOCK_BYTES
+WRITE_BYTES = 64 * BLOCK_BYTES  # stays in a core's cache between its checksums and its write, beside a training process
 PAGE_BYTES = 1024  # of the table of checksums
 CHECKSUMS = "checksums"
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
@@ -107,8 +108,8 @@ def write_file(path: Path, header: bytes, tensors: Iterable[memoryview]) -> dict
 
         put(header)
         for tensor in tensors:
-            for at in range(0, len(tensor), CHUNK_BYTES):
-                chunk = tensor[at : at + CHUNK_BYTES]
+            for at in range(0, len(tensor), WRITE_BYTES):
+                chunk = tensor[at : at + WRITE_BYTES]
                 checksums += [zlib.crc32(chunk[b : b + BLOCK_BYTES]) for b in range(0, len(chunk), BLOCK_BYTES)]
                 put(chunk)
         table = _packed(checksums)
