@@ -228,6 +228,10 @@ def _check_meaning(filled: dict[str, Any], world_size: int, dtype: str, stage: i
     if stage == 0 and sums not in ("auto", dtype):
         what = "data_types.grad_accum_dtype other than the run's dtype needs ZeRO stage 1 or more"
         problems.append(Problem(what, f"{sums} with {dtype} at stage 0", 'write "auto"'))
+    if zero.get("round_robin_gradients") is True and stage in (1, 2):
+        # DeepSpeed then divides parameters in another order than it records, so that nobody can save them by name.
+        what = "zero_optimization.round_robin_gradients would make checkpoints wrong"
+        problems.append(Problem(what, f"true at stage {stage}", "leave it out"))
     group = zero.get("zero_hpz_partition_size", 1)
     if isinstance(group, int) and not isinstance(group, bool) and group > 1 and world_size % group:
         what = "zero_optimization.zero_hpz_partition_size must divide the number of GPUs"

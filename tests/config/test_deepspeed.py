@@ -216,6 +216,7 @@ def test_typos_and_wrong_types_are_listed_at_once(tmp_path: Path) -> None:
         ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "nvme_path is required"),
         ('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}', "must divide the number of GPUs"),
         ('{"data_types": {"grad_accum_dtype": "fp32"}}', "needs ZeRO stage 1"),
+        ('{"zero_optimization": {"stage": 2, "round_robin_gradients": true}}', "would make checkpoints wrong"),
     ],
 )
 def test_what_deepspeed_would_meet_later_is_refused_now(tmp_path: Path, text: str, expected: str) -> None:
