@@ -164,8 +164,17 @@ def test_a_checkpoint_of_a_later_format_is_passed_over_and_its_version_named(aga
 def test_a_run_whose_checkpoints_are_all_damaged_ends_with_65_and_keeps_them(again, name):
     """T307, for shards and for manifests: it must not begin again at step 0."""
     for step in (OLDER, NEWEST):
-        corruption.flip(checkpoint(again[1], step) / name, 8 * 40)
+        path = checkpoint(again[1], step) / name
+        corruption.flip(path, 8 * (path.stat().st_size // 2))
     assert "no committed checkpoint is intact" in refused(again[1], again[0])
+
+
+def test_damage_of_a_header_changes_no_value_of_a_resume_and_is_found_by_verify(again, made):
+    """T302, for the bytes that a resume does not read: places of tensors follow from the manifest, which has its own digest."""
+    for name in corruption.FILES[1:]:
+        corruption.flip(checkpoint(again[1]) / name, 8 * 40)
+    assert corruption.go_on(*again, made[1]["zero1"], passed_over=False) == []
+    assert {problem.what for problem in commit.verify(checkpoint(again[1]))} == {"file content differs from its hash"}
 
 
 def test_a_step_that_was_asked_for_and_is_damaged_is_not_replaced_by_another(again):
