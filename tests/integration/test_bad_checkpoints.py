@@ -170,7 +170,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_ends_with_65_and_keeps_them(aga
 
 
 def test_damage_of_a_header_changes_no_value_of_a_resume_and_is_found_by_verify(again, made):
-    """T302, for the bytes that a resume does not read: places of tensors follow from the manifest, which has its own digest."""
+    """T302, for bytes that no resume reads: places of tensors follow from the manifest, which has its own digest."""
     for name in corruption.FILES[1:]:
         corruption.flip(checkpoint(again[1]) / name, 8 * 40)
     assert corruption.go_on(*again, made[1]["zero1"], passed_over=False) == []
