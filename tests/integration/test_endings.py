@@ -109,7 +109,9 @@ def test_a_stopped_rank_is_found_hanging_with_stacks_of_the_living(running):
     assert (told["cause"], told["rank"]) == ("hang", 1), told
     assert "stopped by a signal" in told["message"]
     waits = stacks(folder)["stacks-rank-00000.txt"]
-    assert "train/loop.py" in waits, "the rank that waits tells where: in a step, or in what the ranks agree on for a save"
+    assert "train/loop.py" in waits, (
+        "the rank that waits tells where: in a step, or in what the ranks agree on for a save"
+    )
 
 
 FAULTY = """
