@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,15 @@ import torch.distributed as dist
 
 from dsgpt.errors import ConfigError, LockedError, PeerError
 from dsgpt.lease import Lease, Owner
-from dsgpt.process import complain, die_with_parent, free_port, new_attempt
+from dsgpt.process import (
+    attempt_of_environment,
+    complain,
+    die_with_parent,
+    free_port,
+    host_name,
+    new_attempt,
+    scheduler_job,
+)
 
 _TIMEOUT_SECONDS = 1800.0
 
@@ -38,7 +45,7 @@ class World:
     size: int = 1
     local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    host: str = field(default_factory=socket.gethostname)
+    host: str = field(default_factory=host_name)
     attempt: str = "0"
     job: str = ""  # the scheduler's id of the job, "" outside one, and how often it was requeued
     restarts: int = 0
@@ -118,7 +125,9 @@ def start(device: str, timeout_seconds: float = _TIMEOUT_SECONDS, meet_seconds: 
         os.environ.setdefault(name, str(value))
     torch_device = torch.device("cpu")
     if device == "cuda":
-        torch_device = torch.device("cuda", local_rank)
+        # SLURM can bind every rank to a GPU of its own, which each then sees as the only one of the step's.
+        bound = torch.cuda.device_count() == 1 and "," in os.environ.get("SLURM_STEP_GPUS", "")
+        torch_device = torch.device("cuda", 0 if bound else local_rank)
         torch.cuda.set_device(torch_device)
     die_with_parent()
     if not dist.is_initialized():
@@ -127,7 +136,7 @@ def start(device: str, timeout_seconds: float = _TIMEOUT_SECONDS, meet_seconds: 
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     world = World(rank, local_rank, size, local_size, torch_device)
     world.job, world.restarts = scheduler_job()
-    attempt = os.environ.get("DSGPT_ATTEMPT") or new_attempt()
+    attempt = attempt_of_environment() or new_attempt()
     world.attempt = world.broadcast_object(attempt)
     return world
 
@@ -150,12 +159,10 @@ def folder_lease(folder: Path, world: World) -> Iterator[Lease | None]:
             lease.release()
 
 
-def scheduler_job() -> tuple[str, int]:
-    """(id of the scheduler's job, how often it was requeued); ("", 0) outside one. An array task is a job of its own."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    return job, int(restarts) if job and restarts.isdecimal() else 0
+def last_barrier() -> None:
+    """Wait until every rank has come this far; nothing where the ranks never met, or left already."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
 
 
 def stop() -> None:

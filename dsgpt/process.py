@@ -1,8 +1,8 @@
 """What every process of a run needs from the operating system: stop requests, parents, ports, names. Torch-free.
 
-Being asked to stop: SIGTERM, SIGINT and SIGUSR1 set a flag that the training loop reads between steps. Saving inside a
-signal handler would deadlock collectives and could interrupt a save; a flag cannot. The handlers must be in place before
-the slow imports of a worker start: until then the default action of these signals is death.
+Being asked to stop: SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set a flag that the training loop reads between steps. Saving
+inside a signal handler would deadlock collectives and could interrupt a save; a flag cannot. The handlers must be in place
+before the slow imports of a worker start: until then the default action of these signals is death.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from dsgpt.errors import ExitCode
@@ -24,7 +25,9 @@ _PR_SET_PDEATHSIG = 1
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8  # of mallopt(3)
 # One request often arrives twice within moments, from the terminal and from a launcher that passes it on.
 SECOND_REQUEST_SECONDS = 3.0
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# What a scheduler sends ahead of time, as often as it likes.
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *WARNINGS)
 _UMASK = os.umask(0o077)  # there is no other way to ask for it
 os.umask(_UMASK)
 _LAUNCHER_POLL_SECONDS = 1.0
@@ -50,6 +53,29 @@ def rank_of_environment() -> int:
     """This process's rank as a launcher tells it, before anything else is known."""
     text = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     return int(text) if text.isdecimal() else 0
+
+
+def scheduler_job(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """(what SLURM's commands call this job, how often it was requeued); ("", 0) outside one.
+
+    An array task is a job of its own, though its number may be that of the whole array; the parts of a heterogeneous job
+    are one.
+    """
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    job = environment.get("SLURM_HET_JOB_ID") or environment.get("SLURM_JOB_ID", "")
+    job = f"{array}_{task}" if array and task else job
+    restarts = environment.get("SLURM_RESTART_COUNT", "0")
+    return job, int(restarts) if job and restarts.isdecimal() else 0
+
+
+def host_name() -> str:
+    """This host as SLURM calls it, which its commands know; outside SLURM its own name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def attempt_of_environment() -> str:
+    """The name that whoever started this job gave to this start of the run, "" where nobody did."""
+    return os.environ.get("DSGPT_ATTEMPT", "")
 
 
 def tune_allocator() -> None:
@@ -126,15 +152,19 @@ class StopRequest:
     The same SIGINT or SIGTERM again after some seconds is a person losing patience: the process ends at once, which loses
     nothing, because only whole checkpoints are ever visible. Until `patient` is set, when the ranks have met, nobody could
     commit anything yet: SIGTERM and its like end the process at once, instead of after a launcher's patience of 30 s.
+
+    Under a `scheduler` that starts the ranks itself there is no person: it repeats SIGTERM before it kills, and all ranks
+    leave together, also from a start.
     """
 
     def __init__(self) -> None:
-        self.requested = ""
-        self.patient = False
+        self.requested = os.environ.get("DSGPT_STOP_ASKED", "")
+        self.patient = self.scheduler = False
         self._control_file: Path | None = None
         self._first: dict[int, float] = {}
 
-    def install(self) -> None:
+    def install(self, scheduler: bool = False) -> None:
+        self.patient = self.scheduler = scheduler
         for number in STOP_SIGNALS:
             if not is_ignored_hangup(number):
                 signal.signal(number, self._handle)
@@ -167,9 +197,9 @@ class StopRequest:
         return bool(self.requested)
 
     def _handle(self, number: int, frame: object) -> None:
-        if not self.patient and number != signal.SIGUSR1:
+        if not self.patient and number not in WARNINGS:
             os._exit(int(ExitCode.INFRASTRUCTURE))
-        if is_second_request(self._first, number):
+        if not self.scheduler and is_second_request(self._first, number):
             os._exit(128 + number)
         self.requested = self.requested or signal.Signals(number).name
 
@@ -177,10 +207,10 @@ class StopRequest:
 def is_second_request(first: dict[int, float], number: int) -> bool:
     """Whether this SIGINT or SIGTERM repeats an earlier one on purpose; remembers the first of each kind in `first`.
 
-    SIGUSR1 is a scheduler's warning, sent as often as it likes.
+    A scheduler's warning is none, however often it comes.
     """
     began = first.setdefault(number, time.monotonic())
-    return number != signal.SIGUSR1 and time.monotonic() - began >= SECOND_REQUEST_SECONDS
+    return number not in WARNINGS and time.monotonic() - began >= SECOND_REQUEST_SECONDS
 
 
 def _ancestors() -> tuple[int, int]:

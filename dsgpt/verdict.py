@@ -64,11 +64,11 @@ class Verdict:
         return cls(**{name: fields[name] for name in cls.__dataclass_fields__ if name in fields})
 
 
-def record_verdict(log_dir: Path, verdict: Verdict) -> Verdict:
-    """Create the verdict's file, and its event, unless there is one; returns the one in force."""
+def record_verdict(log_dir: Path, verdict: Verdict, tell: bool = True) -> Verdict:
+    """Create the verdict's file, and its event (unless `tell` is off), unless there is one; returns the one in force."""
     fields = {"time": time.time(), **verdict.as_dict()}
     with contextlib.suppress(OSError):  # a full disk must not hide why the run ended: stderr has it too
-        if write_once(log_dir / END, json.dumps(fields) + "\n"):
+        if write_once(log_dir / END, json.dumps(fields) + "\n") and tell:
             line = {"attempt": log_dir.name, "event": "end", "text": verdict.message, **fields}
             with (log_dir.parent.parent / "events.jsonl").open("ab") as file:
                 file.write(json.dumps(line).encode() + b"\n")

@@ -27,7 +27,6 @@ import mmap
 import os
 import select
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dsgpt.errors import ExitCode
-from dsgpt.process import complain, write_once
+from dsgpt.process import complain, host_name, write_once
 from dsgpt.verdict import Verdict, read_verdict, record_verdict
 
 POLL_SECONDS, GRACE_SECONDS, LEAVE_SECONDS, COMPARE_SECONDS = 1.0, 5.0, 20.0, 2.0
@@ -130,7 +129,7 @@ class Watchdog:
     """Watches one rank until it is gone."""
 
     def __init__(self, pid: int, rank: int, buffer: mmap.mmap):
-        self.pid, self.rank, self.buffer, self.host = pid, rank, buffer, socket.gethostname()
+        self.pid, self.rank, self.buffer, self.host = pid, rank, buffer, host_name()
         self.killed_for_memory = _memory_kills()
 
     def read(self) -> tuple[int, float, float, int, bool, str]:

@@ -114,6 +114,8 @@ def starts_without_progress(run_dir: Path, starts: Sequence[Start], commits: Seq
     failed = 0
     for name in sorted(names - {but}, reverse=True):
         verdict = read_verdict(logs / name)
+        if verdict is not None and verdict.exit_code == ExitCode.LOCKED:
+            continue  # of another job that found the folder taken
         if name in progressed or (verdict is not None and verdict.exit_code != ExitCode.INFRASTRUCTURE):
             break
         failed += 1

@@ -104,14 +104,17 @@ def _wait_for(path: Path) -> None:
         time.sleep(0.2)
 
 
-def verify_share(path: Path, world: World, mode: str) -> str:
-    """Verify a checkpoint with the files spread over all ranks; the problems of all ranks as one text."""
+def verify_share(path: Path, world: World, mode: str, now: bool = False) -> str:
+    """Verify a checkpoint with the files spread over all ranks; the problems of all ranks as one text.
+
+    `now` compares the content here also where it would be compared while it is read.
+    """
     digest = ""
     try:
         _wait_for(path / commit.MANIFEST)
         manifest = commit.read_manifest(path)
         names, digest = sorted(manifest["files"]), manifest["sha256"]
-        if all("crc32" in entry for entry in manifest["files"].values() if isinstance(entry, dict)):
+        if not now and all("crc32" in entry for entry in manifest["files"].values() if isinstance(entry, dict)):
             mode = "size"  # the content is compared while it is read
         problems = [str(p) for p in commit.verify(path, mode, only=names[world.rank :: world.size])]
     except CheckpointError as error:

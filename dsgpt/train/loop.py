@@ -20,8 +20,7 @@ from dsgpt.data.dataset import Samples
 from dsgpt.data.mixture import MixtureStream, Segment
 from dsgpt.distributed import World
 from dsgpt.engine import Engine, construct
-from dsgpt.errors import ConfigError, NumericalError, Preempted, Stopped
-from dsgpt.evaluate import Evaluation, evaluate_split, pool
+from dsgpt.errors import ConfigError, NumericalError
 from dsgpt.model.gpt import GPT
 from dsgpt.model.recompute import apply_activation_checkpointing
 from dsgpt.optimizer import build_optimizer, learning_rate
@@ -32,10 +31,13 @@ from dsgpt.train.left_out import LeftOutSteps
 from dsgpt.train.order import first_segments
 from dsgpt.train.resolve import ResolvedRun
 from dsgpt.train.resume import last_good, open_run, restore
-from dsgpt.train.save import Controls, finish_save, record_evaluation, save
+from dsgpt.train.save import Controls, finish_save, save
 from dsgpt.train.spikes import MAX_ROLLBACKS_IN_A_ROW, LossSpikes
 from dsgpt.train.state import RunLog, TrainState
 from dsgpt.train.step import StepLoader, StepReport, Wishes, largest_micro_batch, train_step
+from dsgpt.train.stopping import ended, is_agreed, leave_start, wishes
+from dsgpt.train.time_limit import TimeLimit
+from dsgpt.train.validation import evaluate
 from dsgpt.units import format_bytes, format_count, format_seconds
 from dsgpt.watchdog import Heartbeat
 
@@ -55,6 +57,7 @@ class Run:
     spikes: LossSpikes
     controls: Controls
     saver: Saver
+    limit: TimeLimit = field(default_factory=TimeLimit)
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     last_committed: int = -1
     committed_here: bool = False
@@ -104,8 +107,12 @@ def train(
     heartbeat.phase("choose the checkpoint", 0, 3 * plan.config.run.hang_timeout_seconds)
     continuation = open_run(plan, world, log)
     heartbeat.tell(failed_starts=continuation.failed_starts)
-    run = _build(plan, world, log, stop, heartbeat, guard)
+    limit = TimeLimit.of_job()
+    leave_start(plan, world, stop, limit)
+    run = _build(plan, world, log, stop, limit, heartbeat, guard)
+    leave_start(plan, world, stop, limit)
     _rehearse(run)
+    leave_start(plan, world, stop, limit)
     if continuation.checkpoint is None and world.is_main and (plan.output_dir / "metrics.jsonl").stat().st_size:
         log.supersede(0)  # an earlier start died before its first commit
     if continuation.checkpoint is not None:
@@ -118,6 +125,7 @@ def train(
         _end_at_once(run, continuation.forked)
         return run.state
     forecast_space(plan, run.engine, world, log)
+    leave_start(plan, world, stop, limit)
     run.tell_watchdog()
     _run_steps(run)
     return run.state
@@ -143,6 +151,7 @@ def _build(
     world: World,
     log: RunLog,
     stop: StopRequest,
+    limit: TimeLimit,
     heartbeat: Heartbeat,
     guard: Callable[[], None],
 ) -> Run:
@@ -166,7 +175,7 @@ def _build(
     folder = plan.output_dir / "checkpoints"
     saver = Saver(engine, world, folder, guard, config.checkpoint.asynchronous, patience)
     state = TrainState()
-    return Run(plan, world, engine, state, log, stop, stream, validation, spikes, controls, saver, heartbeat)
+    return Run(plan, world, engine, state, log, stop, stream, validation, spikes, controls, saver, limit, heartbeat)
 
 
 def _rehearse(run: Run) -> None:
@@ -191,6 +200,7 @@ def _run_steps(run: Run) -> None:
     left_out = LeftOutSteps(run.log, world, evidence, seed)
     try:
         while run.state.step < plan.max_steps:
+            began = time.monotonic()
             run.enter("load data" if run.state.step else "load the first data")
             start, micro_batches = loader.load(run.state.consumed_samples)
             run.enter("step")
@@ -202,11 +212,13 @@ def _run_steps(run: Run) -> None:
                 seed=seed,
                 step=run.state.step,
                 lr=run.learning_rate,
-                ask=lambda: _wishes(run),
+                ask=lambda: wishes(run),
             )
             _count(run, report, start)
             if meter.steps == 0:
                 run.log.event("first_step", step=run.state.step, loss=report.loss)
+            else:  # the first one compiles and warms up
+                run.limit.stepped(time.monotonic() - began)
             meter.count(training.tokens_per_step)
             if not report.wishes.writing:
                 finish_save(run)  # one that is under way, if any
@@ -221,7 +233,9 @@ def _run_steps(run: Run) -> None:
                 _log_step(run, report, meter)
             # Saved before evaluated: an evaluation that fails or takes long must not cost the checkpoint.
             stopping = report.wishes.preempt or report.wishes.stop or run.state.step == plan.last_step
-            if last or stopping or report.wishes.save or run.state.step % plan.config.checkpoint.save_interval == 0:
+            due = run.state.step % plan.config.checkpoint.save_interval == 0
+            saving = last or stopping or report.wishes.save or due
+            if saving:
                 save(run, required=last or stopping)
                 if run.state.step in (run.last_committed, run.saver.pending and run.saver.pending.step):
                     run.controls.obeyed("SAVE")
@@ -229,11 +243,16 @@ def _run_steps(run: Run) -> None:
             if report.wishes.stop:
                 run.controls.obeyed("STOP")
             if stopping and not last:
-                raise _ended(run, report.wishes)
+                raise ended(run, report.wishes)
             interval = plan.config.logging.eval_interval
-            if last or (interval and run.state.step % interval == 0):
-                _evaluate(run)
+            evaluating = last or bool(interval and run.state.step % interval == 0)
+            if evaluating:
+                evaluate(run)
                 meter.restart()
+            # A save or an evaluation may have taken long; who was asked meanwhile need not take another step.
+            if (saving or evaluating) and not last and is_agreed(run):
+                save(run, required=True)
+                raise ended(run, Wishes(preempt=True))
         run.log.event("finished", f"finished: step {run.state.step}", **run.state.counters())
     except NumericalError:
         finish_save(run)  # this step is bad, the one that is being saved was not
@@ -243,14 +262,6 @@ def _run_steps(run: Run) -> None:
         run.saver.close()
 
 
-def _wishes(run: Run) -> Wishes:
-    """What this rank wants to happen after the step; all ranks' wishes are added up."""
-    minutes = run.plan.config.checkpoint.save_interval_minutes
-    due = run.world.is_main and minutes is not None and time.monotonic() - run.saved_at >= 60 * minutes
-    save = due or run.controls.asks("SAVE")
-    return Wishes(run.stop.poll(), run.controls.asks("STOP"), save, not run.saver.is_written())
-
-
 def _count(run: Run, report: StepReport, start: int) -> None:
     state, training = run.state, run.plan.config.training
     state.step += 1
@@ -258,16 +269,6 @@ def _count(run: Run, report: StepReport, start: int) -> None:
     state.consumed_tokens += training.tokens_per_step
     state.optimizer_steps += report.applied
     state.skipped_steps += not report.applied
-
-
-def _ended(run: Run, wishes: Wishes) -> Preempted | Stopped:
-    where = f"stopped at step {run.state.step} of {run.plan.max_steps}, committed"
-    if run.state.step == run.plan.last_step:
-        return Stopped(where, seen=f"run.stop_at_step={run.plan.last_step}", do="without it the same command continues")
-    if wishes.preempt and not wishes.stop:
-        do = "start the same command again (without resume=) to continue"
-        return Preempted(where, seen=run.stop.requested or "asked on another rank", do=do)
-    return Stopped(where, seen="the file STOP in the run folder", do="start the same command again to continue")
 
 
 def _answer_spike(run: Run, report: StepReport, start: int, samples: Sequence[int]) -> bool:
@@ -336,35 +337,3 @@ def _log_step(run: Run, report: StepReport, meter: Meter) -> None:
         data_crc=report.data_crc,
         peak_memory_bytes=run.engine.peak_memory_bytes(),
     )
-
-
-def _evaluate(run: Run) -> Evaluation | None:
-    if not run.validation:
-        return None
-    micro_batch = run.plan.config.training.micro_batch_size_per_gpu
-    limit = run.plan.config.logging.eval_samples
-    run.log.event("evaluating", step=run.state.step)
-    run.enter("evaluate")
-
-    def batch_loss(batch):
-        run.heartbeat.tick()
-        return run.engine.evaluate(batch)
-
-    sets = {
-        name: evaluate_split(batch_loss, samples, run.world, micro_batch, limit)
-        for name, samples in run.validation.items()
-    }
-    result = pool(list(sets.values()))
-    told = result.as_dict()
-    if len(sets) > 1:
-        told["sets"] = {name: one.as_dict() for name, one in sets.items()}
-    bits = "" if math.isnan(result.bits_per_byte) else f"  bits per byte {result.bits_per_byte:.4f}"
-    each = "".join(f"  {name} {one.loss:.4f}" for name, one in sets.items()) if len(sets) > 1 else ""
-    run.log.event(
-        "evaluation",
-        f"step {run.state.step}  validation loss {result.loss:.4f}  perplexity {result.perplexity:.2f}{bits}{each}",
-        step=run.state.step,
-        **told,
-    )
-    record_evaluation(run, run.state.step, told)
-    return result

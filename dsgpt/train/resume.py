@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dsgpt.checkpoint import commit, starts
 from dsgpt.checkpoint.locate import locate_checkpoint
 from dsgpt.checkpoint.reader import CheckpointReader
-from dsgpt.checkpoint.store import find_checkpoint, load_state
+from dsgpt.checkpoint.store import find_checkpoint, load_state, verify_share
 from dsgpt.distributed import World
 from dsgpt.errors import CheckpointError, ConfigError, DamagedError, DsgptError, LockedError, NoProgressError
 from dsgpt.optimizer import learning_rate
@@ -218,7 +218,12 @@ def _restore(run: Run, continuation: Continuation) -> None:
     reader = CheckpointReader(continuation.checkpoint, check=run.plan.config.checkpoint.verify == "hash")
     if continuation.forked:
         _list_fork(run, continuation.checkpoint, reader.manifest)
-    _continue_order(run, continuation, reader.manifest)
+    try:
+        _continue_order(run, continuation, reader.manifest)
+    except CheckpointError:  # a manifest that is another run's, or the data is
+        if damage := verify_share(continuation.checkpoint, run.world, run.plan.config.checkpoint.verify, now=True):
+            raise DamagedError("the checkpoint is damaged", seen=damage) from None
+        raise
     _compare_versions(run, reader.manifest)
     load_state(run.engine, reader)
     if reader.manifest.get("loss_scale"):

@@ -83,6 +83,7 @@ def finish_save(run: Run, required: bool = False) -> None:
         _failed(run, error, required, pending.step)
         return
     run.last_committed, run.failed_saves = saved.step, 0
+    run.limit.saved(saved.seconds)
     run.committed_here, run.spikes.rollbacks = True, 0
     if saved.retries:
         text = f"warning: {saved.retries} writes of step {saved.step} failed and were tried again with success"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import sys
 import time
 import traceback
@@ -18,26 +17,36 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsgpt.errors import ConfigError, DsgptError, ExitCode, LockedError, OutOfMemoryError, PeerError
+from dsgpt.launch import slurm
 from dsgpt.lease import LEASE_SECONDS
-from dsgpt.process import StopRequest, complain, rank_of_environment, tune_allocator
+from dsgpt.process import (
+    StopRequest,
+    attempt_of_environment,
+    complain,
+    host_name,
+    rank_of_environment,
+    tune_allocator,
+)
 from dsgpt.verdict import Verdict, read_verdict, record_verdict
 from dsgpt.watchdog import Heartbeat, start_watchdog
 
 BYSTANDER_SECONDS = 5.0
 MEET_SECONDS = 30.0  # imports take different times on different nodes
 NO_TIMEOUT_SECONDS = 86400.0
+LEAVE_SECONDS = 600.0  # all have saved: only the last files of a metrics log or a writer can still be under way
 
 
 def main(argv: list[str]) -> NoReturn:
     """Run one rank; ends the process with the job's exit code."""
-    stop = StopRequest()
-    stop.install()
+    stop, in_step = StopRequest(), slurm.in_step()
+    stop.install(scheduler=in_step)
     stop.watch_launcher()
     arguments = [text for text in argv if not text.startswith("--local_rank") and text != "--debug"]
     debug = "--debug" in argv
     end = _End(start_watchdog(rank_of_environment()))
     try:
-        _train(arguments, stop, end)
+        slurm.adopt_rank_environment()
+        _train(slurm.fill_task(arguments), stop, end)
         code, message = ExitCode.DONE, ""
     except DsgptError as error:
         code, message = error.exit_code, str(error)
@@ -49,6 +58,8 @@ def main(argv: list[str]) -> NoReturn:
         end.bystander = code == ExitCode.INFRASTRUCTURE and _lost_a_peer(error)
         if code != ExitCode.OUT_OF_MEMORY:
             complain(traceback.format_exc())
+    if code in (ExitCode.DONE, ExitCode.PREEMPTED):
+        _leave_together(end.heartbeat)
     code = end.write(code, message)
     if message and (end.rank == 0 or code not in (ExitCode.PREEMPTED, ExitCode.DONE)):
         complain(message)
@@ -56,7 +67,17 @@ def main(argv: list[str]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a closed pipe must not change the code
             stream.flush()
-    os._exit(int(code))
+    os._exit(0 if in_step and code == ExitCode.PREEMPTED else int(code))
+
+
+def _leave_together(heartbeat: Heartbeat) -> None:
+    """Wait for the slowest rank: launchers kill it some time after the first has left. A lost one changes nothing any more."""
+    from dsgpt import distributed
+
+    heartbeat.phase("leave with the others", seconds=LEAVE_SECONDS)
+    with contextlib.suppress(Exception):
+        distributed.last_barrier()
+        distributed.stop()
 
 
 class _End:
@@ -65,7 +86,7 @@ class _End:
     def __init__(self, heartbeat: Heartbeat) -> None:
         self.heartbeat = heartbeat
         self.folder: Path | None = None
-        self.rank, self.host = 0, socket.gethostname()
+        self.rank, self.host = rank_of_environment(), host_name()
         self.bystander, self.cause = False, ""
 
     def write(self, code: ExitCode, message: str) -> ExitCode:
@@ -76,13 +97,13 @@ class _End:
         if self.folder is None or not self.folder.is_dir():
             self.heartbeat.end()
             return code
-        told = self.heartbeat.information
+        told, known = self.heartbeat.information, bool(code) and not self.bystander
         verdict = Verdict(
             int(code),
             self.cause or code.name.lower(),
             message,
-            self.rank if code else -1,
-            self.host if code else "",
+            self.rank if known else -1,
+            self.host if known else "",
             self.heartbeat.step,
             self.heartbeat.current_phase,
             told.get("last_committed", -1),
@@ -96,7 +117,9 @@ class _End:
             while read_verdict(self.folder) is None and time.monotonic() < until:
                 time.sleep(0.1)
         if self.rank == 0 or code not in (ExitCode.DONE, ExitCode.PREEMPTED):
-            verdict = record_verdict(self.folder, verdict.after(told.get("failed_starts", 0)))
+            # The folder is another job's where this one was refused; that job's events are not ours to write.
+            tell = code != ExitCode.LOCKED
+            verdict = record_verdict(self.folder, verdict.after(told.get("failed_starts", 0)), tell)
         self.heartbeat.end()
         return ExitCode(verdict.exit_code)
 
@@ -105,6 +128,7 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
     from dsgpt.config import load_config, split_arguments
 
     loaded = load_config(*split_arguments(arguments))
+    end.folder = _log_dir_of_attempt(loaded.config.run.output_dir)
 
     from dsgpt import distributed, engine
     from dsgpt.train.device import choose_device
@@ -147,9 +171,12 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
         if explained is error:
             raise
         raise explained from error
-    finally:
-        if sys.exc_info()[0] is None:
-            distributed.stop()
+
+
+def _log_dir_of_attempt(run_dir: Path) -> Path | None:
+    """Where whoever started this attempt already made its folder: ends are told from here on, also before the ranks meet."""
+    folder = run_dir / "logs" / attempt_of_environment()
+    return folder if attempt_of_environment() and folder.is_dir() else None
 
 
 def _make_log_dir(folder: Path, world: Any) -> None:

@@ -230,9 +230,9 @@ def test_the_best_checkpoint_stays_with_its_validation_loss(write_run, tmp_path)
 
 def test_a_person_who_stops_a_run_counts_more_than_a_preemption_in_the_same_step():
     from dsgpt.errors import Preempted, Stopped
-    from dsgpt.train import loop
+    from dsgpt.train import stopping
     from dsgpt.train.step import Wishes
 
     run = mock.MagicMock()
-    assert isinstance(loop._ended(run, Wishes(preempt=True, stop=True, save=False)), Stopped)
-    assert isinstance(loop._ended(run, Wishes(preempt=True, stop=False, save=False)), Preempted)
+    assert isinstance(stopping.ended(run, Wishes(preempt=True, stop=True, save=False)), Stopped)
+    assert isinstance(stopping.ended(run, Wishes(preempt=True, stop=False, save=False)), Preempted)

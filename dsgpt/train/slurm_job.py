@@ -1,0 +1,250 @@
+"""What the batch script asks before and after `srun`: which ranks to start, and whether the job goes on. Torch-free.
+
+    scontrol show job -d -o ID | python -m dsgpt.train.slurm_job prepare RUN.yaml key=value…
+    scontrol show job -d -o ID | python -m dsgpt.train.slurm_job decide --signals TERM
+
+Both print one decision a line, for bash to carry out (slurm/train.sbatch says what each means): in a container SLURM's
+commands are not there, so they are the script's part. A config that cannot work ends here, on one node, with its code.
+The verdict that the ranks wrote (logs/<attempt>/end.json) decides how it goes on; srun's exit code does not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dsgpt.checkpoint import starts
+from dsgpt.checkpoint.commit import attempt_of, list_committed, verify
+from dsgpt.config import RunConfig, load_config, split_arguments
+from dsgpt.errors import ConfigError, DsgptError, ExitCode
+from dsgpt.launch import slurm
+from dsgpt.launch.layout import Layout, choose_layout, write_hostfile
+from dsgpt.process import free_port, new_attempt, scheduler_job
+from dsgpt.train.resolve import resolve_run
+from dsgpt.verdict import MAX_STARTS_WITHOUT_PROGRESS, Verdict, read_verdict, record_verdict
+
+MAX_EXCLUDED_SHARE = 0.25
+FAILURES_TO_EXCLUDE = 2
+FAILURES_COUNT_FOR_SECONDS = 7 * 86400.0  # a node is repaired one day
+SHOWN_CAUSES = ("rank_died", "hang", "infrastructure")
+# A job in one of these states is the controller's to end or to start again.
+OVER = {
+    "CANCELLED": "cancelled",
+    "PENDING": "requeued by SLURM",
+    "REQUEUED": "requeued by SLURM",
+    "NODE_FAIL": "lost a node",
+}
+
+
+# --- before srun
+
+
+def prepare(arguments: Sequence[str], record_text: str) -> Iterator[str]:
+    """Lines NAME=value (the ranks' environment), --option (srun's), `say TEXT`, or `done` where nothing is left to train.
+
+    Raises ConfigError or DataError for a run that cannot work.
+    """
+    loaded = load_config(*split_arguments(slurm.fill_task(arguments)))
+    config = loaded.config
+    yield from (f"say warning: {one_line(text)}" for text in loaded.warnings)
+    record = one_record(record_text)
+    bad = failing_hosts(config.run.output_dir)
+    layout, told = layout_for(config, record, bad)
+    yield from (f"say {one_line(text)}" for text in told)
+    run = resolve_run(config, world_size=layout.world_size, device="cuda" if has_gpus(layout, config) else "cpu")
+    committed = list_committed(run.output_dir / "checkpoints")
+    finished = bool(committed) and committed[-1][0] >= run.last_step and not verify(committed[-1][1], "size")
+    if finished and config.resume in ("auto", "must"):
+        yield f"say step {committed[-1][0]} of {run.max_steps} is committed already: nothing to train"
+        yield "done"
+        return
+    attempt = new_attempt()
+    if "\n" in str(run.output_dir):
+        raise ConfigError("run.output_dir holds a line break", seen=repr(str(run.output_dir)), do="choose another name")
+    log_dir = run.output_dir / "logs" / attempt
+    log_dir.mkdir(parents=True)
+    job, restarts = scheduler_job()
+    hosts = [node.host for node in layout.nodes]
+    told_job = {"job": job, "restarts": restarts, "hosts": hosts, "ranks": list(layout.ranks), "time": time.time()}
+    (log_dir / "job.json").write_text(json.dumps(told_job) + "\n", "utf-8")
+    yield f"DSGPT_ATTEMPT={attempt}"
+    yield f"DSGPT_LOG_DIR={log_dir}"
+    yield f"MASTER_PORT={free_port()}"
+    if record and (end := slurm.end_time(record)):
+        yield f"DSGPT_JOB_END_TIME={end:.0f}"
+        yield f"DSGPT_JOB_SECONDS={end - (record.start_time or time.time()):.0f}"
+    if layout.idle_gpus:
+        yield f"{slurm.IDLE_GPUS}=1"
+    if not layout.is_uniform:
+        yield f"SLURM_HOSTFILE={write_hostfile(layout, log_dir)}"
+    yield from layout.srun_options()
+    if slurm.get("SLURM_GPUS") and len(layout.nodes) < len(layout.allocated):
+        yield f"--gpus={sum(node.gpus for node in layout.nodes)}"
+
+
+def one_record(text: str) -> slurm.JobRecord | None:
+    """The record of this job's (first) part; None where the controller did not answer."""
+    records = slurm.parse_job(text)
+    return records[0] if records else None
+
+
+def has_gpus(layout: Layout, config: RunConfig) -> bool:
+    return config.device != "cpu" and any(node.gpus for node in layout.nodes)
+
+
+def layout_for(config: RunConfig, record: slurm.JobRecord | None, bad: Sequence[str]) -> tuple[Layout, list[str]]:
+    """Which nodes get how many ranks, and what a person should know of it."""
+    nodes = list(record.nodes) if record else []
+    hosts = slurm.expand_hosts(slurm.get("SLURM_JOB_NODELIST", ""))
+    if not nodes:  # the controller is busy: the batch step's own variables have what matters
+        gpus = slurm.get("SLURM_GPUS_ON_NODE", "0")
+        cpus = slurm.get("SLURM_CPUS_ON_NODE", "1")
+        nodes = [slurm.Node(host, int(gpus), int(cpus)) for host in hosts]
+    counts = slurm.tasks_per_node(slurm.get("SLURM_TASKS_PER_NODE", f"1(x{len(hosts)})"))
+    by_host = dict(zip(hosts, counts, strict=False))
+    told = []
+    healthy = [node for node in nodes if node.host not in bad]
+    if len(healthy) < len(nodes) and len(healthy) >= (1 - MAX_EXCLUDED_SHARE) * len(nodes):
+        told.append(f"not used, because ranks failed there first, twice: {', '.join(sorted(set(bad) & set(hosts)))}")
+    else:
+        healthy = nodes
+    micro = config.training.micro_batch_size_per_gpu
+    layout = choose_layout(
+        healthy,
+        [by_host.get(node.host, 1) for node in healthy],
+        config.training.global_batch_size,
+        micro if isinstance(micro, int) else None,
+    )
+    if idle := layout.idle_text():
+        told.append(
+            f"{idle} stay idle: {layout.world_size} ranks divide the global batch of "
+            f"{config.training.global_batch_size}{f' by {micro}' if micro != 'auto' else ''}, more would not"
+        )
+    told.append(f"{layout.world_size} ranks on {len(layout.nodes)} nodes, rank 0 on {layout.nodes[0].host}")
+    return layout, told
+
+
+def failing_hosts(run_dir: Path) -> list[str]:
+    """Hosts whose rank was the first to fail in at least two starts of this run, of late."""
+    failed: Counter[str] = Counter()
+    for path in (run_dir / "logs").glob("*/end.json"):
+        verdict = read_verdict(path.parent)
+        recent = time.time() - path.stat().st_mtime < FAILURES_COUNT_FOR_SECONDS
+        if verdict and recent and verdict.host and verdict.rank >= 0 and verdict.cause in SHOWN_CAUSES:
+            failed[verdict.host] += 1
+    return sorted(host for host, times in failed.items() if times >= FAILURES_TO_EXCLUDE)
+
+
+# --- after srun
+
+
+def decide(log_dir: Path, record_text: str, signals: Sequence[str]) -> Iterator[str]:
+    """Lines `say TEXT`, `exclude HOSTS`, `sbatch --option` (of a successor), and last `requeue` or `end CODE`."""
+    run_dir = log_dir.parent.parent
+    before = set(failing_hosts(run_dir))
+    verdict = read_verdict(log_dir) or record_verdict(log_dir, _without_verdict(run_dir, log_dir.name))
+    yield f"say {one_line(verdict.message or 'finished')}"
+    record = one_record(record_text)
+    state = record.state if record else ""
+    # Without an answer of the controller SIGTERM to the batch script means that the job is being ended.
+    over = OVER.get(state) or ("ended by SLURM" if "TERM" in signals and not record else "")
+    if not verdict.requeue or over or slurm.get("DSGPT_REQUEUE") == "no":
+        if over and verdict.requeue:
+            yield f"say not started again: the job was {over}"
+        done = verdict.exit_code == ExitCode.PREEMPTED and not over
+        yield f"end {0 if done else verdict.exit_code}"
+        return
+    if bad := sorted(set(failing_hosts(run_dir)) | before):
+        yield f"say a rank failed first, twice, on: {', '.join(bad)}"
+        yield f"exclude {','.join(bad)}"
+    yield from (f"sbatch {option}" for option in successor_options(record, bad))
+    yield "requeue"
+
+
+def _without_verdict(run_dir: Path, attempt: str) -> Verdict:
+    """No rank lived to say how the job ended. Three of these without a new commit are no progress (93)."""
+    commits = [(step, attempt_of(path)) for step, path in list_committed(run_dir / "checkpoints")]
+    failed = starts.starts_without_progress(run_dir, starts.read_starts(run_dir), commits, but=attempt)
+    committed_here = any(made_by == attempt for _, made_by in commits)
+    last = commits[-1][0] if commits else -1
+    message = "the ranks ended without a verdict; the job's log has their last words"
+    verdict = Verdict(
+        int(ExitCode.INFRASTRUCTURE), "no_verdict", message, last_committed=last, committed_here=committed_here
+    )
+    return verdict.after(min(failed, MAX_STARTS_WITHOUT_PROGRESS))
+
+
+# field of the record -> sbatch's option; "(null)" and "N/A" are left out
+_OPTIONS = {
+    "Partition": "--partition",
+    "Account": "--account",
+    "QOS": "--qos",
+    "TimeLimit": "--time",
+    "NumNodes": "--nodes",
+    "CPUs/Task": "--cpus-per-task",
+    "MinMemoryNode": "--mem",
+    "MinMemoryCPU": "--mem-per-cpu",
+    "Features": "--constraint",
+    "Licenses": "--licenses",
+    "Reservation": "--reservation",
+    "JobName": "--job-name",
+    "StdOut": "--output",
+}
+_RESOURCES = {"TresPerNode": "--gres", "TresPerJob": "--gpus", "TresPerTask": "--gpus-per-task"}
+
+
+def successor_options(record: slurm.JobRecord | None, excluded: Sequence[str]) -> Iterator[str]:
+    """Options of sbatch that ask for the same again, for sites that refuse `scontrol requeue`.
+
+    A script made by `dsgpt submit` holds its options itself. A heterogeneous job has no such command.
+    """
+    if excluded:
+        yield f"--exclude={','.join(excluded)}"
+    if task := slurm.get("SLURM_ARRAY_TASK_ID"):
+        yield f"--array={task}"
+    if record is None or slurm.get("DSGPT_SUBMISSION"):
+        return
+    for name, option in _OPTIONS.items():
+        value = record.fields.get(name, "(null)")
+        if value not in ("(null)", "N/A", "") and "\n" not in value:
+            value = value.replace("%", "%%") if name == "StdOut" else value
+            yield f"{option}={value}"
+    for name, option in _RESOURCES.items():
+        if match := re.search(r"gres[:/]gpu:?((?:[\w.-]+:)?\d+)", record.fields.get(name, "")):
+            yield f"{option}={'gpu:' if option == '--gres' else ''}{match[1]}"
+    tasks = record.fields.get("NtasksPerN:B:S:C", "0").split(":")[0]
+    if tasks not in ("0", "*"):
+        yield f"--ntasks-per-node={tasks}"
+    elif "TresPerTask" in record.fields:
+        yield f"--ntasks={record.tasks}"
+    if record.fields.get("OverSubscribe") == "NO":
+        yield "--exclusive"
+
+
+def one_line(text: str) -> str:
+    """Whatever a name or a message holds, bash reads one line of it."""
+    return " | ".join(text.splitlines())
+
+
+def main(arguments: Sequence[str]) -> int:
+    verb, *rest = arguments
+    record = sys.stdin.read()
+    try:
+        if verb == "prepare":
+            lines = list(prepare(rest, record))
+        else:
+            lines = list(decide(Path(slurm.get("DSGPT_LOG_DIR")), record, rest))
+    except (DsgptError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return int(error.exit_code if isinstance(error, DsgptError) else ExitCode.LOCKED)
+    print("\n".join(lines), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
