@@ -190,6 +190,10 @@ class StopRequest:
         threading.Thread(target=look, daemon=True, name="dsgpt-launcher").start()
 
     def poll(self) -> bool:
+        """`is_asked`, once a step."""
+        return self.is_asked()
+
+    def is_asked(self) -> bool:
         if not self.requested and self._control_file is not None:
             with contextlib.suppress(OSError):  # a stale file system view is not a reason to stop
                 if self._control_file.exists():

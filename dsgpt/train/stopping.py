@@ -28,11 +28,11 @@ WARNED_AT_START, STOPPED_AT_START = "warned_at_start", "stopped_at_start"
 _AHEAD_OF_TIME = {TIME_LIMIT, *(signal.Signals(number).name for number in WARNINGS)}
 
 
-def poll(stop: StopRequest, limit: TimeLimit, world: World) -> bool:
-    """Whether this rank wants the run to stop; rank 0 looks at the clock for all."""
+def look_at_clock(stop: StopRequest, limit: TimeLimit, world: World) -> StopRequest:
+    """Rank 0 does for all."""
     if not stop.requested and world.is_main and limit.is_near():
         stop.requested = TIME_LIMIT
-    return stop.poll()
+    return stop
 
 
 def wishes(run: Run) -> Wishes:
@@ -40,13 +40,13 @@ def wishes(run: Run) -> Wishes:
     minutes = run.plan.config.checkpoint.save_interval_minutes
     due = run.world.is_main and minutes is not None and time.monotonic() - run.saved_at >= 60 * minutes
     save = due or run.controls.asks("SAVE")
-    preempt = poll(run.stop, run.limit, run.world)
+    preempt = look_at_clock(run.stop, run.limit, run.world).poll()
     return Wishes(preempt, run.controls.asks("STOP"), save, not run.saver.is_written())
 
 
 def is_agreed(run: Run) -> bool:
     """Whether any rank was asked to stop by now: a collective."""
-    return run.world.max(float(poll(run.stop, run.limit, run.world)))[0] > 0
+    return run.world.max(float(look_at_clock(run.stop, run.limit, run.world).is_asked()))[0] > 0
 
 
 def ended(run: Run, wanted: Wishes) -> Preempted | Stopped:
@@ -65,7 +65,7 @@ def leave_start(plan: ResolvedRun, world: World, stop: StopRequest, limit: TimeL
     Raises ConfigError where a warning ahead of the time limit ended the start before this one as well: then the limit leaves
     no time to train, however often it is started again.
     """
-    asked = poll(stop, limit, world)
+    asked = look_at_clock(stop, limit, world).is_asked()
     wanted, warned = world.max(float(asked), float(stop.requested in _AHEAD_OF_TIME))
     if not wanted:
         return
