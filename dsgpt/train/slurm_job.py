@@ -32,13 +32,6 @@ MAX_EXCLUDED_SHARE = 0.25
 FAILURES_TO_EXCLUDE = 2
 FAILURES_COUNT_FOR_SECONDS = 7 * 86400.0  # a node is repaired one day
 SHOWN_CAUSES = ("rank_died", "hang", "infrastructure")
-# A job in one of these states is the controller's to end or to start again.
-OVER = {
-    "CANCELLED": "cancelled",
-    "PENDING": "requeued by SLURM",
-    "REQUEUED": "requeued by SLURM",
-    "NODE_FAIL": "lost a node",
-}
 
 
 # --- before srun
@@ -150,12 +143,10 @@ def decide(log_dir: Path, record_text: str, signals: Sequence[str]) -> Iterator[
     verdict = read_verdict(log_dir) or record_verdict(log_dir, _without_verdict(run_dir, log_dir.name))
     yield f"say {one_line(verdict.message or 'finished')}"
     record = one_record(record_text)
-    state = record.state if record else ""
-    # Without an answer of the controller SIGTERM to the batch script means that the job is being ended.
-    over = OVER.get(state) or ("ended by SLURM" if "TERM" in signals and not record else "")
+    over = why_over(record, signals)
     if not verdict.requeue or over or slurm.get("DSGPT_REQUEUE") == "no":
         if over and verdict.requeue:
-            yield f"say not started again: the job was {over}"
+            yield f"say not started again: {over}"
         done = verdict.exit_code == ExitCode.PREEMPTED and not over
         yield f"end {0 if done else verdict.exit_code}"
         return
@@ -164,6 +155,22 @@ def decide(log_dir: Path, record_text: str, signals: Sequence[str]) -> Iterator[
         yield f"exclude {','.join(bad)}"
     yield from (f"sbatch {option}" for option in successor_options(record, bad))
     yield "requeue"
+
+
+def why_over(record: slurm.JobRecord | None, signals: Sequence[str]) -> str:
+    """Why this job is not ours to start again, "" where it is.
+
+    A job that is being ended is COMPLETING, whatever ends it; of the reasons only the time limit, and a preemption that does
+    not requeue, leave it to us.
+    """
+    if record is None:  # the controller does not answer: SIGTERM to the batch script says that it ends the job
+        return "SLURM ended the job" if "TERM" in signals else ""
+    if int(record.fields.get("Restarts", "0")) > scheduler_job()[1]:
+        return "SLURM has requeued the job already"
+    reason = record.fields.get("Reason", "")
+    if record.state == "RUNNING" or reason == "TimeLimit" or "Preempt" in reason:
+        return ""
+    return f"the job was cancelled, or SLURM ended it ({record.state}, reason {reason})"
 
 
 def _without_verdict(run_dir: Path, attempt: str) -> Verdict:
