@@ -52,10 +52,15 @@ class Layout:
         hosts = [node.host for node, ranks in zip(self.nodes, self.ranks, strict=True) for _ in range(ranks)]
         return "\n".join(hosts) + "\n"
 
-    def srun_options(self) -> list[str]:
-        """Options of `srun` that start exactly these ranks. An uneven layout needs SLURM_HOSTFILE besides."""
+    def srun_options(self, parts: int = 1) -> list[str]:
+        """Options of `srun` that start exactly these ranks. An uneven layout needs SLURM_HOSTFILE besides.
+
+        `parts` are those of a heterogeneous job: its step spans them all, with the ranks counted through.
+        """
         options = [f"--nodes={len(self.nodes)}", f"--ntasks={self.world_size}"]
-        if self.is_uniform:
+        if parts > 1 and len(self.nodes) == len(self.allocated) and self.is_uniform:
+            options = [f"--het-group=0-{parts - 1}", f"--ntasks-per-node={self.ranks[0]}"]
+        elif self.is_uniform:
             options.append(f"--ntasks-per-node={self.ranks[0]}")
             if len(self.nodes) < len(self.allocated):
                 options.append(f"--nodelist={','.join(node.host for node in self.nodes)}")

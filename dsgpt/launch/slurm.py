@@ -167,6 +167,23 @@ def get(name: str, default: str = "") -> str:
     return os.environ.get(name, default)
 
 
+def tasks_of_hosts(environment: Mapping[str, str] = os.environ) -> dict[str, int]:
+    """host: tasks that SLURM would start there, in its order, over all parts of a heterogeneous job."""
+    parts = range(int(environment.get("SLURM_HET_SIZE", "0") or 0))
+    found: dict[str, int] = {}
+    for suffix in [f"_HET_GROUP_{part}" for part in parts] or [""]:
+        hosts = expand_hosts(environment.get(f"SLURM_JOB_NODELIST{suffix}", ""))
+        counts = tasks_per_node(environment.get(f"SLURM_TASKS_PER_NODE{suffix}") or f"1(x{len(hosts)})")
+        found |= dict(zip(hosts, counts, strict=False))
+    return found
+
+
+def nodes_of_environment(hosts: Sequence[str], environment: Mapping[str, str] = os.environ) -> list[Node]:
+    """The nodes where the controller did not answer: taken to be all like this one."""
+    gpus, cpus = environment.get("SLURM_GPUS_ON_NODE", "0"), environment.get("SLURM_CPUS_ON_NODE", "1")
+    return [Node(host, int(gpus), int(cpus)) for host in hosts]
+
+
 def fill_task(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> list[str]:
     """In an array job `{task}` in a word key=value is the task's number: `run.output_dir=runs/seed-{task}`."""
     task = environment.get("SLURM_ARRAY_TASK_ID", "")

@@ -45,9 +45,9 @@ def prepare(arguments: Sequence[str], record_text: str) -> Iterator[str]:
     loaded = load_config(*split_arguments(slurm.fill_task(arguments)))
     config = loaded.config
     yield from (f"say warning: {one_line(text)}" for text in loaded.warnings)
-    record = one_record(record_text)
-    bad = failing_hosts(config.run.output_dir)
-    layout, told = layout_for(config, record, bad)
+    records = slurm.parse_job(record_text)
+    record = records[0] if records else None
+    layout, told = layout_for(config, records, failing_hosts(config.run.output_dir))
     yield from (f"say {one_line(text)}" for text in told)
     run = resolve_run(config, world_size=layout.world_size, device="cuda" if has_gpus(layout, config) else "cpu")
     committed = list_committed(run.output_dir / "checkpoints")
@@ -75,7 +75,7 @@ def prepare(arguments: Sequence[str], record_text: str) -> Iterator[str]:
         yield f"{slurm.IDLE_GPUS}=1"
     if not layout.is_uniform:
         yield f"SLURM_HOSTFILE={write_hostfile(layout, log_dir)}"
-    yield from layout.srun_options()
+    yield from layout.srun_options(parts=len(records))
     if slurm.get("SLURM_GPUS") and len(layout.nodes) < len(layout.allocated):
         yield f"--gpus={sum(node.gpus for node in layout.nodes)}"
 
@@ -90,33 +90,31 @@ def has_gpus(layout: Layout, config: RunConfig) -> bool:
     return config.device != "cpu" and any(node.gpus for node in layout.nodes)
 
 
-def layout_for(config: RunConfig, record: slurm.JobRecord | None, bad: Sequence[str]) -> tuple[Layout, list[str]]:
-    """Which nodes get how many ranks, and what a person should know of it."""
-    nodes = list(record.nodes) if record else []
-    hosts = slurm.expand_hosts(slurm.get("SLURM_JOB_NODELIST", ""))
-    if not nodes:  # the controller is busy: the batch step's own variables have what matters
-        gpus = slurm.get("SLURM_GPUS_ON_NODE", "0")
-        cpus = slurm.get("SLURM_CPUS_ON_NODE", "1")
-        nodes = [slurm.Node(host, int(gpus), int(cpus)) for host in hosts]
-    counts = slurm.tasks_per_node(slurm.get("SLURM_TASKS_PER_NODE", f"1(x{len(hosts)})"))
-    by_host = dict(zip(hosts, counts, strict=False))
-    told = []
+def layout_for(config: RunConfig, records: Sequence[slurm.JobRecord], bad: Sequence[str]) -> tuple[Layout, list[str]]:
+    """Which nodes get how many ranks, and what a person should know of it. `records` are the parts of a heterogeneous job."""
+    tasks = slurm.tasks_of_hosts()
+    nodes = [node for record in records for node in record.nodes] or slurm.nodes_of_environment(list(tasks))
     healthy = [node for node in nodes if node.host not in bad]
+    told = []
     if len(healthy) < len(nodes) and len(healthy) >= (1 - MAX_EXCLUDED_SHARE) * len(nodes):
-        told.append(f"not used, because ranks failed there first, twice: {', '.join(sorted(set(bad) & set(hosts)))}")
+        out = ", ".join(node.host for node in nodes if node.host in bad)
+        told.append(f"not used, because a rank failed there first, twice: {out}")
     else:
         healthy = nodes
-    micro = config.training.micro_batch_size_per_gpu
-    layout = choose_layout(
-        healthy,
-        [by_host.get(node.host, 1) for node in healthy],
-        config.training.global_batch_size,
-        micro if isinstance(micro, int) else None,
-    )
+    total, micro = config.training.global_batch_size, config.training.micro_batch_size_per_gpu
+
+    def choose(among: Sequence[slurm.Node]) -> Layout:
+        counts = [tasks.get(node.host, 1) for node in among]
+        return choose_layout(among, counts, total, micro if isinstance(micro, int) else None)
+
+    layout = choose(healthy)
+    if len(records) > 1 and not (layout.is_uniform and len(layout.nodes) == len(nodes)):
+        layout = choose(records[0].nodes)
+        told.append("the other parts of this heterogeneous job stay idle: their nodes cannot have equally many ranks")
     if idle := layout.idle_text():
+        each = f" by {micro}" if isinstance(micro, int) else ""
         told.append(
-            f"{idle} stay idle: {layout.world_size} ranks divide the global batch of "
-            f"{config.training.global_batch_size}{f' by {micro}' if micro != 'auto' else ''}, more would not"
+            f"{idle} stay idle: {layout.world_size} ranks divide the global batch of {total}{each}, more do not"
         )
     told.append(f"{layout.world_size} ranks on {len(layout.nodes)} nodes, rank 0 on {layout.nodes[0].host}")
     return layout, told
