@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,13 +142,18 @@ def start(device: str, timeout_seconds: float = _TIMEOUT_SECONDS, meet_seconds: 
 
 
 @contextlib.contextmanager
-def folder_lease(folder: Path, world: World) -> Iterator[Lease | None]:
-    """Hold the run folder for this job; rank 0 has the lease. A second job gets LockedError on all its ranks."""
+def folder_lease(
+    folder: Path, world: World, on_lost: Callable[[str], None] = lambda text: None
+) -> Iterator[Lease | None]:
+    """Hold the run folder for this job; rank 0 has the lease. A second job gets LockedError on all its ranks.
+
+    `on_lost` is called in a thread of rank 0 when a later job has taken the folder over.
+    """
     error, lease = None, None
     if world.is_main:
         try:
             owner = Owner.of_this_process(world.attempt, world.job, world.restarts)
-            lease = Lease.acquire(folder, owner, say=complain)
+            lease = Lease.acquire(folder, owner, say=complain, on_lost=on_lost)
         except LockedError as problem:
             error = problem
     try:

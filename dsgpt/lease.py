@@ -11,9 +11,10 @@ file systems have none, or one set per node). When a lease may be taken over:
 * its holder is elsewhere and did not renew it while we looked on for LEASE_SECONDS. Only changes count, never clocks, so
   clocks that disagree do no harm.
 
-A holder that finds a higher number was cut off (its node hung, its network broke) and must not commit any more: `check`
-raises then, and is called right before every commit. Cost: the holder rewrites 300 bytes every RENEW_SECONDS, whatever
-the number of ranks; a start after the death of another host waits up to LEASE_SECONDS.
+A holder that finds a higher number was cut off (its node hung, its network broke) and must not write any more: `check`
+raises then, and is called right before every commit; the thread that renews calls `on_lost` as soon as it sees it. Cost:
+the holder rewrites 300 bytes every RENEW_SECONDS, whatever the number of ranks; a start after the death of another host
+waits up to LEASE_SECONDS.
 """
 
 from __future__ import annotations
@@ -143,6 +144,7 @@ class Lease:
         watch_seconds: float = LEASE_SECONDS,
         renew_seconds: float = RENEW_SECONDS,
         say: Callable[[str], None] = lambda text: None,
+        on_lost: Callable[[str], None] = lambda text: None,
     ) -> Lease:
         """Take the folder, waiting out a holder that may be dead. Raises LockedError; then nothing was changed."""
         try:
@@ -164,7 +166,9 @@ class Lease:
         except OSError as error:
             do = "choose another run.output_dir"
             raise LockedError("the run folder cannot be written", seen=str(error), do=do) from error
-        lease._keeper = threading.Thread(target=lease._keep, args=(renew_seconds,), daemon=True, name="dsgpt-lease")
+        lease._keeper = threading.Thread(
+            target=lease._keep, args=(renew_seconds, on_lost), daemon=True, name="dsgpt-lease"
+        )
         lease._keeper.start()
         return lease
 
@@ -180,11 +184,12 @@ class Lease:
         tmp.write_text(self._text(released), "utf-8")
         os.replace(tmp, self.path)
 
-    def _keep(self, seconds: float) -> None:
+    def _keep(self, seconds: float, on_lost: Callable[[str], None]) -> None:
         while not self._end.wait(seconds):
             self._count += 1
             with contextlib.suppress(OSError):  # a full disk or a short outage; the next renewal counts as well
                 if self.is_lost():
+                    on_lost(str(self._lost()))
                     return
                 self._write()
 
@@ -196,11 +201,14 @@ class Lease:
     def check(self) -> None:
         """Raise LockedError when the folder belongs to another job by now."""
         if self.is_lost():
-            raise LockedError(
-                "another job has taken over this run folder",
-                seen=f"{self.folder}: this job did not renew its lease for {LEASE_SECONDS:.0f} s",
-                do="look at that job; this one must not write any more",
-            )
+            raise self._lost()
+
+    def _lost(self) -> LockedError:
+        return LockedError(
+            "another job has taken over this run folder",
+            seen=f"{self.folder}: this job did not renew its lease for {LEASE_SECONDS:.0f} s",
+            do="look at that job; this one must not write any more",
+        )
 
     def release(self) -> None:
         """Give the folder back; who died without it is found out by the next job."""

@@ -26,14 +26,19 @@ def train(
     """Train the run that the configs describe, or continue it where it stopped.
 
     Configs merge left to right; `key.path=value` overrides them. Ctrl-C or SIGTERM commits the current step and leaves
-    with code 75; the same command continues from there.
+    with code 75; the same command continues from there. Inside `srun` it is one rank of the job.
     """
     from dsgpt.cli.common import print_json
+    from dsgpt.launch import slurm
     from dsgpt.train.start import plan_run, start_run
 
     if trust_checkpoint:
         arguments = (*arguments, "model.trust_checkpoint=true")
     debug = bool(ctx.obj and ctx.obj.get("debug"))
+    if slurm.in_step() and not dry_run:  # srun has started this process as one rank of many
+        from dsgpt.train.worker import main
+
+        main([*arguments, *(["--debug"] if debug else [])])
     if dry_run:
         plan = plan_run(arguments, num_processes)
         if as_json:

@@ -22,6 +22,8 @@ from dsgpt.errors import ConfigError
 
 _RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
 _HOST = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+_PART = re.compile(r"^(?:[\w.-]+|\[[\d,-]+\])+$")
+_NAME = re.compile(r"(?:^|\s)JobName=(.*) (?=UserId=\S+\(\d+\) GroupId=)")
 _CACHES = {
     "TRITON_CACHE_DIR": "triton",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -39,6 +41,8 @@ def expand_hosts(text: str) -> list[str]:
     """The hosts of a SLURM list: "n[01-03,7],login" is n01, n02, n03, n7, login. Raises ConfigError."""
     hosts: list[str] = []
     for part in _split(text):
+        if not _PART.match(part):
+            raise _bad_hosts(text)
         prefixes = [""]
         for literal, ranges in re.findall(r"([^\[\]]*)(?:\[([^\]]*)\])?", part):
             numbers = _numbers(ranges, text) if ranges else [""]
@@ -248,6 +252,8 @@ def parse_job(text: str) -> list[JobRecord]:
 
 
 def _parse_record(line: str) -> JobRecord:
+    named = _NAME.search(line)  # it may be any text, also one that looks like the rest: cut out first
+    line = line[: named.start()] + " " + line[named.end() :] if named else line
     head, *groups = re.split(r"\s+(?=Nodes=\S+ CPU_IDs=)", line)
     order = {host: place for place, host in enumerate(expand_hosts(_fields(head).get("NodeList", "none")))}
     nodes: list[Node] = []
@@ -257,15 +263,15 @@ def _parse_record(line: str) -> JobRecord:
         gpus = sum(int(count) for count in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", words.get("GRES", "")))
         nodes += [Node(host, gpus, cpus) for host in expand_hosts(words["Nodes"])]
         head += " " + group  # the fields of the whole job go on behind the last group
-    return JobRecord(_fields(head), tuple(sorted(nodes, key=lambda node: order.get(node.host, len(order)))))
+    return JobRecord(
+        _fields(head) | ({"JobName": named[1]} if named else {}),
+        tuple(sorted(nodes, key=lambda node: order.get(node.host, len(order)))),
+    )
 
 
 def _fields(text: str) -> dict[str, str]:
-    """NAME=VALUE words; the first of a name counts. The job's name may be any text, so it is cut out before."""
+    """NAME=VALUE words; the first of a name counts, since the job's own fields come first."""
     found: dict[str, str] = {}
-    if match := re.search(r"(?:^|\s)JobName=(.*) (?=UserId=\S+\(\d+\) GroupId=)", text):
-        found["JobName"] = match[1]
-        text = text[: match.start()] + " " + text[match.end() :]
     for name, value in re.findall(r"(?:^|\s)([A-Za-z][\w/:.]*)=(.*?)(?=\s+[A-Za-z][\w/:.]*=|\s*$)", text):
         found.setdefault(name, value)
     return found

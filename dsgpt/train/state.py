@@ -62,13 +62,22 @@ def _ends_within_a_line(path: Path | None) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that count, in the order of their steps: without those that were superseded."""
+    """The lines of metrics.jsonl that count, in the order of their steps: without those that were superseded.
+
+    A line of a start that another one has followed does not count: that job was cut off and went on for a while.
+    """
     kept: list[dict[str, Any]] = []
+    attempts: list[str] = []
     for text in path.read_text("utf-8").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
             continue  # cut short by a crash
+        attempt = line.get("attempt", "")
+        if attempt not in attempts:
+            attempts.append(attempt)
+        if attempt != attempts[-1]:
+            continue
         if "superseded_after" in line:
             kept = [earlier for earlier in kept if earlier["step"] <= line["superseded_after"]]
         else:

@@ -123,6 +123,12 @@ class _End:
         self.heartbeat.end()
         return ExitCode(verdict.exit_code)
 
+    def cut_off(self, message: str) -> None:
+        """Another job trains in this folder: whatever this one still wrote could only do harm."""
+        complain(message)
+        self.write(ExitCode.LOCKED, message)
+        os._exit(int(ExitCode.LOCKED))
+
 
 def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
     from dsgpt.config import load_config, split_arguments
@@ -159,7 +165,7 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
             bf16=device.bf16,
         )
         end.heartbeat.phase("take the run folder", 0, patience + MEET_SECONDS if timeout else 0.0)
-        with distributed.folder_lease(plan.output_dir, world) as lease:
+        with distributed.folder_lease(plan.output_dir, world, end.cut_off) as lease:
             log_dir = plan.output_dir / "logs" / world.attempt
             _make_log_dir(log_dir, world)
             end.folder = log_dir
