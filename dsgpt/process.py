@@ -78,6 +78,12 @@ def attempt_of_environment() -> str:
     return os.environ.get("DSGPT_ATTEMPT", "")
 
 
+def log_dir_of_environment() -> Path | None:
+    """The folder logs/<attempt> of this start, where whoever started the job has made it."""
+    folder = Path(os.environ.get("DSGPT_LOG_DIR", ""))
+    return folder if os.environ.get("DSGPT_LOG_DIR") and folder.is_dir() else None
+
+
 def tune_allocator() -> None:
     """On a CPU: blocks of 8 MiB and more go back to the system when they are freed, smaller ones stay, in one heap (glibc).
 

@@ -141,7 +141,9 @@ def _group_is_alive(process_group: int) -> bool:
 
 
 def _environment(job: Job, attempt: str) -> dict[str, str]:
-    environment = {**os.environ, "DSGPT_ATTEMPT": attempt, "PYTHONUNBUFFERED": "1"}
+    log_dir = job.output_dir / "logs" / attempt
+    told = {"DSGPT_ATTEMPT": attempt, "DSGPT_LOG_DIR": str(log_dir), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **told}
     environment.setdefault("OMP_NUM_THREADS", str(job.threads_per_process))
     if job.device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"

@@ -231,7 +231,8 @@ def _run_steps(run: Run) -> None:
             last = run.state.step == plan.max_steps
             if run.state.step % plan.config.logging.log_interval == 0 or last or run.state.step == 1:
                 _log_step(run, report, meter)
-            # Saved before evaluated: an evaluation that fails or takes long must not cost the checkpoint.
+            # Saved before evaluated: an evaluation that fails or takes long must not cost the checkpoint (one that is
+            # still being written is lost with a start that fails, as at any other time).
             stopping = report.wishes.preempt or report.wishes.stop or run.state.step == plan.last_step
             due = run.state.step % plan.config.checkpoint.save_interval == 0
             saving = last or stopping or report.wishes.save or due

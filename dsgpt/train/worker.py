@@ -21,9 +21,9 @@ from dsgpt.launch import slurm
 from dsgpt.lease import LEASE_SECONDS
 from dsgpt.process import (
     StopRequest,
-    attempt_of_environment,
     complain,
     host_name,
+    log_dir_of_environment,
     rank_of_environment,
     tune_allocator,
 )
@@ -85,7 +85,7 @@ class _End:
 
     def __init__(self, heartbeat: Heartbeat) -> None:
         self.heartbeat = heartbeat
-        self.folder: Path | None = None
+        self.folder = log_dir_of_environment()  # whoever started the job may have made it already
         self.rank, self.host = rank_of_environment(), host_name()
         self.bystander, self.cause = False, ""
 
@@ -134,7 +134,6 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
     from dsgpt.config import load_config, split_arguments
 
     loaded = load_config(*split_arguments(arguments))
-    end.folder = _log_dir_of_attempt(loaded.config.run.output_dir)
 
     from dsgpt import distributed, engine
     from dsgpt.train.device import choose_device
@@ -177,12 +176,6 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
         if explained is error:
             raise
         raise explained from error
-
-
-def _log_dir_of_attempt(run_dir: Path) -> Path | None:
-    """Where whoever started this attempt already made its folder: ends are told from here on, also before the ranks meet."""
-    folder = run_dir / "logs" / attempt_of_environment()
-    return folder if attempt_of_environment() and folder.is_dir() else None
 
 
 def _make_log_dir(folder: Path, world: Any) -> None:

@@ -1,0 +1,160 @@
+"""Being asked to stop at any moment of a run: one rank is, all leave at one step, and it goes on as if nothing was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dsgpt.errors import ExitCode
+from dsgpt.process import StopRequest, free_port
+from dsgpt.train.state import read_metrics
+from dsgpt.verdict import Verdict, read_verdict, record_verdict
+from tests.faults._trouble import events, train
+from tests.pool import ranks
+
+START_STAGES = 4  # how often a start looks whether it is to leave
+SETTINGS = {"training.max_steps": 6, "logging.eval_interval": 2, "checkpoint.save_interval": 100}
+
+
+class AskedAt(StopRequest):
+    """Asked by a signal at the so-manieth look, on one rank only."""
+
+    def __init__(self, look: int, rank: int, name: str = "SIGUSR1"):
+        super().__init__()
+        self.look, self.on, self.name = look, rank, name
+        self.rank, self.looks, self.open_files, self.found = 0, 0, [], []
+
+    def poll(self) -> bool:
+        return bool(self.requested)
+
+    def is_asked(self) -> bool:
+        self.looks += 1
+        if self.looks == self.look and self.rank == self.on:
+            self.requested = self.name
+        return bool(self.requested)
+
+    def end(self) -> None: ...
+
+
+def losses(folder):
+    return [(line["step"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset, tmp_path_factory):
+    from tests.run_fixtures import write_config
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert {end["code"] for end in ranks(2).run(train, write_config(dataset, folder, **SETTINGS), [], "a")} == {0}
+    return losses(folder / "run")
+
+
+@pytest.mark.parametrize("look", range(1, START_STAGES + 1))
+def test_a_start_that_is_asked_leaves_before_its_first_step_and_the_next_one_trains(write_run, tmp_path, look):
+    """T604: model build, rehearsal, reading of a checkpoint."""
+    yaml = write_run(**SETTINGS)
+    ends = ranks(2).run(train, yaml, [], "a", AskedAt(look, rank=1, name="SIGTERM"))
+    assert [end["code"] for end in ends] == [75, 75] and "nothing new to commit" in ends[0]["text"]
+    assert not events(tmp_path / "run", "first_step", "committed")
+
+
+def test_a_warning_before_the_first_step_twice_in_a_row_means_that_the_time_limit_is_too_short(write_run, tmp_path):
+    """It would be requeued for ever."""
+    yaml = write_run(**SETTINGS)
+    (end, _) = ranks(2).run(train, yaml, [], "a", AskedAt(1, rank=1))
+    assert end["code"] == 75
+    record_verdict(tmp_path / "run/logs/a", Verdict(75, "warned_at_start"))
+    (end, _) = ranks(2).run(train, yaml, [], "b", AskedAt(2, rank=1))
+    assert end["code"] == ExitCode.CONFIG and "a longer --time" in end["text"]
+    (end, _) = ranks(2).run(train, yaml, [], "c", AskedAt(2, rank=0, name="SIGTERM"))
+    assert end["code"] == 75, "preemption says nothing about the time limit"
+
+
+def test_a_stop_in_an_evaluation_cuts_it_short_and_commits_its_step(write_run, tmp_path, undisturbed):
+    """T604: 8 validation samples are one batch on each of 2 ranks."""
+    yaml = write_run(**SETTINGS)
+    ends = ranks(2).run(train, yaml, [], "a", AskedAt(START_STAGES + 1, rank=1))
+    assert [end["code"] for end in ends] == [75, 75]
+    folder = tmp_path / "run"
+    assert [event["step"] for event in events(folder, "evaluation_stopped", "committed")] == [2, 2]
+    assert {end["code"] for end in ranks(2).run(train, yaml, [], "b")} == {0}
+    assert losses(folder) == undisturbed
+
+
+def test_a_stop_in_a_save_leaves_with_that_step(write_run, tmp_path, undisturbed):
+    """T604: no second save, and no further step."""
+    yaml = write_run(**{**SETTINGS, "checkpoint.save_interval": 3})
+    ends = ranks(2).run(train, yaml, ["logging.eval_interval=100"], "a", AskedAt(START_STAGES + 1, rank=1))
+    assert [end["code"] for end in ends] == [75, 75]
+    assert [event["step"] for event in events(tmp_path / "run", "committed")] == [3]
+    assert {end["code"] for end in ranks(2).run(train, yaml, [], "b")} == {0}
+    assert losses(tmp_path / "run") == undisturbed
+
+
+RANK = """
+import sys, time
+from dsgpt.checkpoint.saver import Saver
+from dsgpt.train.worker import main
+close = Saver.close
+def late(self):
+    close(self)
+    if self.world.rank == 1:
+        time.sleep(5)
+Saver.close = late
+main(sys.argv[1:])
+"""
+
+
+def start_as_srun_does(yaml, folder):
+    """Two ranks with the variables of a step; SIGTERM and SIGKILL to the others are srun's part, and not played here."""
+    log_dir = folder / "run/logs/20260101-000000-aaaa"
+    log_dir.mkdir(parents=True)
+    started = []
+    for rank in range(2):
+        told = {
+            "SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+            "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2",
+            "MASTER_PORT": started[0][1] if started else str(free_port()),
+            "DSGPT_ATTEMPT": log_dir.name, "DSGPT_LOG_DIR": str(log_dir),
+        }  # fmt: skip
+        log = (folder / f"rank-{rank}.log").open("wb")
+        command = [sys.executable, "-c", RANK, str(yaml)]
+        process = subprocess.Popen(command, env={**os.environ, **told}, stdout=log, stderr=subprocess.STDOUT)
+        started.append((process, told["MASTER_PORT"]))
+    return [process for process, _ in started], log_dir
+
+
+def test_under_srun_all_ranks_leave_with_0_after_the_slowest_while_the_verdict_says_75(write_run, tmp_path):
+    """T602: one rank is warned; rank 1 needs five more seconds to leave, in which srun would have killed it."""
+    yaml = write_run(**{"training.max_steps": 10_000, "checkpoint.asynchronous": True})
+    processes, log_dir = start_as_srun_does(yaml, tmp_path)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_bytes().splitlines()) > 3):
+        assert all(process.poll() is None for process in processes), (tmp_path / "rank-0.log").read_text()[-2000:]
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGUSR2)
+    ended = {}
+    while len(ended) < 2:
+        for rank, process in enumerate(processes):
+            if rank not in ended and process.poll() is not None:
+                ended[rank] = time.monotonic()
+        time.sleep(0.02)
+    assert [process.returncode for process in processes] == [0, 0]
+    verdict = read_verdict(log_dir)
+    assert (verdict.exit_code, verdict.requeue) == (75, True)
+    committed = json.loads(next((tmp_path / "run/checkpoints").glob("step-*/manifest.json")).read_text())["step"]
+    assert read_metrics(metrics)[-1]["step"] == committed == verdict.last_committed, "the agreed step, and no other"
+    assert abs(ended[0] - ended[1]) < 3, "rank 0 waited for the late one"
+
+
+def test_an_error_of_all_ranks_before_they_meet_is_told_in_the_verdict(write_run, tmp_path):
+    """T613: nothing but the verdict tells the batch script not to start again."""
+    processes, log_dir = start_as_srun_does(write_run(**{"training.global_batch_size": 15}), tmp_path)
+    assert {process.wait(120) for process in processes} == {78}
+    assert read_verdict(log_dir).exit_code == 78
