@@ -223,8 +223,7 @@ def _run_steps(run: Run) -> None:
             stopping = report.wishes.preempt or report.wishes.stop or run.state.step == plan.last_step
             if last or stopping or report.wishes.save or run.state.step % plan.config.checkpoint.save_interval == 0:
                 save(run, required=last or stopping)
-                if run.state.step in (run.last_committed, run.saver.pending and run.saver.pending.step):
-                    run.controls.obeyed("SAVE")
+                run.controls.obeyed("SAVE")  # also where it failed: tried at every step, the third would end the run
                 meter.restart()
             if report.wishes.stop:
                 run.controls.obeyed("STOP")
