@@ -125,9 +125,11 @@ class PartitionedState:
         swapped = getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(group)
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_in(group)
-        yield swapped
-        if swapped:
-            (optimizer._optimizer_states_and_gradient_swap_out if write else optimizer._release_swap_buffers)(group)
+        try:
+            yield swapped
+        finally:  # also where what was read is damaged: an older checkpoint may be loaded next
+            if swapped:
+                (optimizer._optimizer_states_and_gradient_swap_out if write else optimizer._release_swap_buffers)(group)
 
     def _flat_partitions(self) -> list[Tensor]:
         """This rank's fp32 masters at stages 1-3, one flat tensor per parameter group (at stage 3 per sub-group).

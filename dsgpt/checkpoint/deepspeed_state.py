@@ -193,7 +193,7 @@ class DeepSpeedState:
             self.whole = {name: value for name, value in self.whole.items() if name not in self.trained}
             self.whole |= self.head.get("frozen_param_fragments") or {}
         self.weights = f"ZeRO {self.stage}'s masters ({_precision(first[self._masters])})"
-        self._find_moments(_states(first[self._inner]), first[self._inner], len(sizes))
+        self._find_moments(first[self._inner], len(sizes))
         self.loss_scale = _numbers(vars(first["loss_scaler"])) if hasattr(first.get("loss_scaler"), "__dict__") else {}
 
     def _refuse_missing(self, missing: Sequence[int]) -> None:
@@ -261,6 +261,9 @@ class DeepSpeedState:
         for group, flat in enumerate(flats):
             if any(states[group][kind].numel() < len(flat) for kind in self.moments):
                 self._refuse_sizes(f"{name} has moments of fewer elements than weights")
+        other = _steps(saved[self._inner], len(flats)) - {None, self.step}
+        if self.moments and other:  # a save over an earlier one that was cut off leaves files of both
+            self._refuse_sizes(f"{name} is of other steps of the optimizer than rank 0's: {sorted(other)}, {self.step}")
         # With round_robin_gradients (DeepSpeed 0.19.8) that record is of another order than the partitions have.
         shuffled = content.get("ds_config", {}).get("zero_optimization", {}).get("round_robin_gradients")
         recorded = [] if shuffled else saved.get("param_slice_mappings") or []
@@ -281,23 +284,19 @@ class DeepSpeedState:
             if self.frozen:
                 self._open(self.folder.model_files[rank])
 
-    def _find_moments(self, states: Any, optimizer: Any, count: int) -> None:
+    def _find_moments(self, optimizer: Any, count: int) -> None:
         """Whether Adam's state is there for all flat tensors, at one step."""
-        steps, extra, missing = set(), set(), set()
-        groups = optimizer.get("param_groups", []) if isinstance(optimizer, Mapping) else []
+        states, steps, extra, missing = _states(optimizer), _steps(optimizer, count), set(), set()
         for index in range(count):
             state = states[index] if index in states or isinstance(states, list) else {}
             missing |= {kind for kind in MOMENTS if not isinstance(state.get(kind), Tensor)}
-            step = state.get("step", next((group["step"] for group in groups if "step" in group), None))
-            steps.add(None if step is None else int(step))
             extra |= {key for key in state if key not in (*MOMENTS, "step")}
         if missing:
             held = ", ".join(sorted(extra)) or "nothing"
             self.why = f"the optimizer's state is not Adam's in plain tensors (it holds {held})"
         elif len(steps) != 1 or None in steps:
-            self.why = (
-                f"the optimizer's steps are not known or not the same for all parameters ({sorted(map(str, steps))})"
-            )
+            told = sorted(map(str, steps))
+            self.why = f"the optimizer's steps are not known or not the same for all parameters ({told})"
         else:
             self.moments, self.step, self.extra = MOMENTS, steps.pop() or 0, sorted(extra)
 
@@ -327,14 +326,12 @@ class DeepSpeedState:
         elif "fp32_groups" in optimizer:
             masters = [one for group in optimizer["fp32_groups"] for one in group]
         states = _states(inner)
-        self._find_moments(states, inner, len(masters))
+        self._find_moments(inner, len(masters))
         flats = {MASTER: masters, **{kind: [states[i][kind] for i in range(len(masters))] for kind in self.moments}}
         wrong = self._unlike(places, flats)
         if wrong:
-            self.moments, self.why = (
-                (),
-                f"stage 0's order of parameters cannot be told: {wrong} is not where it should be",
-            )
+            self.moments = ()
+            self.why = f"stage 0's order of parameters cannot be told: {wrong} is not where it should be"
             return
         self._flats, self.trained = flats, places
         self.whole = {name: value for name, value in self.whole.items() if name not in places}
@@ -381,6 +378,15 @@ def _order(
 def _states(saved: Any) -> Any:
     """torch's optimizer state by number; DeepSpeed's elastic checkpoints have it as a list."""
     return saved["state"] if isinstance(saved, Mapping) else saved
+
+
+def _steps(saved: Any, count: int) -> set[int | None]:
+    """The steps that so many flat tensors' state is of: recorded for each, or for all; None where neither is."""
+    states, groups = _states(saved), saved.get("param_groups", []) if isinstance(saved, Mapping) else []
+    of_all = next((group["step"] for group in groups if "step" in group), None)
+    known = (states[i] if i in states or isinstance(states, list) else {} for i in range(count))
+    steps = [state.get("step", of_all) for state in known]
+    return {None if step is None else int(step) for step in steps}
 
 
 def _numbers(fields: Mapping[str, Any]) -> dict[str, float]:

@@ -163,10 +163,7 @@ class StateFile:
         self._check = check and "crc32" in entry
         self._pages: dict[int, memoryview] = {}
         self._table: dict[str, Any] = {}
-        try:
-            self._descriptor = retrying(lambda: os.open(path, os.O_RDONLY))[0]
-        except OSError as error:
-            raise DamagedError("a file of the checkpoint cannot be opened", seen=f"{path}: {error}") from error
+        self._descriptor: int | None = self._open()
         if places is not None:
             self._places = places
             self._open_checksums(entry)
@@ -187,15 +184,30 @@ class StateFile:
         if self._check and zlib.crc32(length.to_bytes(_LENGTH_BYTES, "little") + header) != self._checksum(0):
             raise DamagedError("a file's header differs from its checksum", seen=str(path))
 
+    def _open(self) -> int:
+        try:
+            return retrying(lambda: os.open(self.path, os.O_RDONLY))[0]
+        except OSError as error:
+            raise DamagedError("a file of the checkpoint cannot be opened", seen=f"{self.path}: {error}") from error
+
+    def close(self) -> None:
+        """Give its descriptor back; what is known of its checksums stays, and the next read opens it again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+            self.close()
 
     def _pread(self, position: int, size: int) -> bytes:
+        if self._descriptor is None:
+            self._descriptor = self._open()
+        descriptor = self._descriptor
         try:
-            data = retrying(lambda: os.pread(self._descriptor, size, position))[0]
+            data = retrying(lambda: os.pread(descriptor, size, position))[0]
             while len(data) < size:
-                more = os.pread(self._descriptor, size - len(data), position + len(data))
+                more = os.pread(descriptor, size - len(data), position + len(data))
                 if not more:
                     raise DamagedError("a file of the checkpoint is cut short", seen=str(self.path))
                 data += more

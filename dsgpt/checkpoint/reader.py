@@ -8,7 +8,7 @@ follows from the manifest; no header is read.
 
 Growth: a range costs what it overlaps, not the number of ranks that wrote the checkpoint. A rank that resumes opens the files
 of about (old ranks / new ranks) neighbours; where one of the two is ZeRO 3 and the other 1 or 2, all of them, which costs a
-rank 40 KB of memory, 3 ms and a few KB read for each.
+rank 40 KB of memory, 3 ms and a few KB read for each; at most `MAX_OPEN` are open at a time, since the usual limit is 1,024.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dsgpt.checkpoint.ranges import held, overlaps
 from dsgpt.errors import CheckpointError, DamagedError
 
 MASTER = "master"
+MAX_OPEN = 256
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -61,7 +62,8 @@ class CheckpointReader:
     def __init__(self, checkpoint: Path, check: bool = True):
         self.path, self.check = Path(checkpoint), check
         self.manifest = commit.read_manifest(self.path)
-        self._open: dict[str, StateFile] = {}
+        self._files: dict[str, StateFile] = {}
+        self._recent: dict[str, None] = {}  # those that may be open, the one not used for longest first
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -75,17 +77,23 @@ class CheckpointReader:
 
     @property
     def bytes_read(self) -> int:
-        return sum(file.bytes_read for file in self._open.values())
+        return sum(file.bytes_read for file in self._files.values())
 
     def _file(self, name: str, places: Callable[[int], Places | None] = lambda data: None) -> StateFile:
         """`places` say where its tensors lie when they begin at a byte; else its header is read."""
-        if name not in self._open:
+        if name not in self._files:
             entry = self.manifest["files"].get(name)
             if entry is None:
                 raise DamagedError("the manifest does not know a file", seen=f"{name} in {self.path}")
             found = places(entry["header_bytes"]) if "header_bytes" in entry else None
-            self._open[name] = StateFile(self.path / name, entry, self.check, found)
-        return self._open[name]
+            self._files[name] = StateFile(self.path / name, entry, self.check, found)
+        self._recent.pop(name, None)
+        self._recent[name] = None
+        if len(self._recent) > MAX_OPEN:
+            oldest = next(iter(self._recent))
+            del self._recent[oldest]
+            self._files[oldest].close()
+        return self._files[name]
 
     def _partition(self, rank: int) -> StateFile:
         def places(data: int) -> Places | None:

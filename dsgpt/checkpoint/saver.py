@@ -131,15 +131,14 @@ class Saver:
             part.error = f"rank {self.world.rank}: {problem}"
 
     def is_written(self) -> bool:
-        """Whether this rank has done its part, for better or worse; costs nothing and waits for nobody."""
-        if self.pending is None or self._writer is None or not self._job:
+        """Whether this rank's writer has answered, or is lost: then `finish` writes. Costs nothing and waits for nobody."""
+        if self.pending is None or self._writer is None or self._job is None:
             return True
-        answer = self._writer.poll()
-        late = time.monotonic() - self.pending.began > self.patience_seconds
-        if answer is None and not late:
-            return False
-        self._settle(answer or {"died": "no answer"})
-        return True
+        if self._answer is None:
+            self._answer = self._writer.poll()
+        if self._answer is None and time.monotonic() - self.pending.began > self.patience_seconds:
+            self._answer = {"died": "no answer"}
+        return self._answer is not None
 
     def finish(self) -> Saved:
         """Wait for the writers of all ranks and commit. Raises SaveError on every rank when any rank failed.
@@ -150,6 +149,8 @@ class Saver:
         assert pending is not None
         while not self.is_written():
             time.sleep(POLL_SECONDS / 10)
+        if self._job is not None:
+            self._settle(self._answer or {"died": "closed"})
         self.pending = None
         gathered = self.world.gather_objects(pending.part)
         path, failure, forbidden, retries, takeovers = "", "", None, 0, 0
@@ -171,6 +172,7 @@ class Saver:
         path, failure, retries, takeovers = self.world.broadcast_object((path, failure, retries, takeovers))
         if takeovers:
             self.asynchronous = False
+            self.close()
         if failure:
             what = f"the checkpoint of step {pending.step} was not written"
             raise SaveError(what, seen=failure, do="free space, or mend the disk")
@@ -180,10 +182,10 @@ class Saver:
         return Saved(pending.step, Path(path), time.monotonic() - pending.began, retries, takeovers)
 
     def close(self) -> None:
-        """End the writer process; what it was writing stays unfinished."""
+        """End the writer process, and give its memory back; what it was writing stays unfinished."""
         if self._writer is not None:
             self._writer.close()
-            self._writer = None
+        self._writer = self._memory = None
 
     # ---- this rank's files ---------------------------------------------------------------------------------------
 
@@ -218,17 +220,19 @@ class Saver:
         if self._memory is None or len(self._memory) < size or self._writer is None:
             self.close()
             descriptor = os.memfd_create("dsgpt-checkpoint")
-            os.ftruncate(descriptor, max(size, 1))
-            self._memory = mmap.mmap(descriptor, 0)
-            self._writer = WriterProcess(descriptor)
-            os.close(descriptor)
+            try:
+                os.ftruncate(descriptor, max(size, 1))
+                self._memory = mmap.mmap(descriptor, 0)
+                self._writer = WriterProcess(descriptor)
+            finally:
+                os.close(descriptor)
         self._memory[: len(layout.header)] = layout.header
         whole = torch.frombuffer(self._memory, dtype=torch.uint8)
         for name, (start, stop) in layout.ranges.items():
             whole[start:stop].copy_(values[name]().detach().contiguous().view(-1).view(torch.uint8))
-        self._job = path, len(layout.header), layout.data_bytes
+        self._job, self._answer = (path, len(layout.header), layout.data_bytes), None
         if not self._writer.write(*self._job):
-            self._settle({"died": "before it was asked"})
+            self._answer = {"died": "before it was asked"}
 
     def _settle(self, answer: dict[str, Any]) -> None:
         """Take the writer's answer; where it has none, write from the same memory here."""
@@ -236,7 +240,8 @@ class Saver:
         (path, header_bytes, data_bytes), part = self._job, self.pending.part
         self._job = None
         if "died" in answer:
-            self.close()
+            if self._writer is not None:
+                self._writer.close()
             part.takeovers += 1
             try:
                 entry, retries = write_memory(memoryview(self._memory), path, header_bytes, data_bytes)
@@ -249,7 +254,8 @@ class Saver:
             part.entries[path.name] = answer["entry"]
             part.retries += answer["retries"]
 
-    _job: tuple[Path, int, int] | None = None
+    _job: tuple[Path, int, int] | None = None  # what the writer was asked, and its answer once it is there
+    _answer: dict[str, Any] | None = None
 
     # ---- what is not trained -------------------------------------------------------------------------------------
 

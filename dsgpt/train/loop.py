@@ -238,8 +238,7 @@ def _run_steps(run: Run) -> None:
             saving = last or stopping or report.wishes.save or due
             if saving:
                 save(run, required=last or stopping)
-                if run.state.step in (run.last_committed, run.saver.pending and run.saver.pending.step):
-                    run.controls.obeyed("SAVE")
+                run.controls.obeyed("SAVE")  # also where it failed: tried at every step, the third would end the run
                 meter.restart()
             if report.wishes.stop:
                 run.controls.obeyed("STOP")

@@ -26,7 +26,7 @@ POLL_SECONDS = 1.0
 class Controls:
     """The files a person touches in the run folder: SAVE commits the current step, STOP commits and ends the run well.
 
-    Rank 0 looks once a second at most, and removes a file once it is obeyed.
+    Rank 0 looks once a second at most, and removes a file once it is obeyed: SAVE once the save was tried.
     """
 
     def __init__(self, folder: Path, enabled: bool):
@@ -55,14 +55,13 @@ def save(run: Run, required: bool) -> None:
     finish_save(run)
     if run.last_committed == run.state.step:
         return
-    began = time.perf_counter()
+    began, run.saved_at = time.perf_counter(), time.monotonic()
     run.enter("save", 3)
     try:
         run.saver.begin(manifest(run), run.world.attempt, wait=required)
     except SaveError as error:
         _failed(run, error, required, run.state.step)
         return
-    run.saved_at = time.monotonic()
     if run.saver.asynchronous and not required:
         seconds = time.perf_counter() - began
         run.log.event("saving", step=run.state.step, stall_seconds=seconds)

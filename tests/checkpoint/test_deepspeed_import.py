@@ -305,9 +305,8 @@ def other_address(saved):
     vars(saved["optimizer_state_dict"]["param_slice_mappings"][0]["lm_head.weight"]).update(start=7)
 
 
-def shorten(saved):
-    flat = saved["optimizer_state_dict"]["base_optimizer_state"]["state"][0]
-    flat["exp_avg"] = flat["exp_avg"][:-100].clone()
+def adam(saved):
+    return saved["optimizer_state_dict"]["base_optimizer_state"]["state"][0]
 
 
 def copy_as(path, before, after):
@@ -319,6 +318,7 @@ DAMAGE = {
     "rank 0's file is missing": (lambda tag: first(tag).unlink(), ["rank 0's file is missing"]),
     "a rank's file is cut off": (lambda tag: cut(second(tag)), ["cut off", "zero_pp_rank_1"]),
     "the model's file is cut off": (lambda tag: cut(head_of(tag)), ["cut off", "mp_rank_00"]),
+    "a file of an earlier save": (lambda tag: change(second(tag), lambda s: adam(s).update(step=1)), ["of other steps"]),
     "a file of a larger save": (lambda tag: copy_as(second(tag), "rank_1_", "rank_2_"), ["not of one group", "3 files"]),
     "two files of a rank": (lambda tag: copy_as(second(tag), "bf16_", "fp16_"), ["two files are of rank 1"]),
     "tensor parallel": (lambda tag: copy_as(head_of(tag), "mp_rank_00", "mp_rank_01"), ["tensor parallelism", "mp_rank_01"]),
@@ -333,7 +333,7 @@ DAMAGE = {
     "a parameter is left out": (lambda tag: change(head_of(tag), leave_out), ["do not fit together"]),
     "a name of another model": (lambda tag: change(head_of(tag), other_name), ["no place for", "model.nose.weight"]),
     "another address": (lambda tag: change(second(tag), other_address), ["elsewhere than computed"]),
-    "moments cut short": (lambda tag: change(second(tag), shorten), ["fewer elements than weights"]),
+    "cut moments": (lambda tag: change(second(tag), lambda s: adam(s).update(exp_avg=torch.ones(9))), ["fewer elements"]),
     "not a model's file": (lambda tag: change(head_of(tag), lambda head: head.pop("module")), ["not a file of DeepSpeed's"]),
     "no shapes": (lambda tag: change(head_of(tag), lambda head: head.pop("param_shapes")), ["not laid out", "param_shapes"]),
 }  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dsgpt.checkpoint import commit, reader
 from dsgpt.checkpoint.files import BLOCK_BYTES, ITEM_BYTES, Layout, Places, StateFile, file_order, write_file
 from dsgpt.checkpoint.reader import DTYPE_NAMES, bytes_of
 from dsgpt.errors import DamagedError
@@ -83,6 +85,22 @@ def test_the_places_of_tensors_follow_from_their_sizes_and_save_the_header(tmp_p
     assert read(file, "master:2999", values["master:2999"]) == bytes(bytes_of(values["master:2999"]))
     assert file.bytes_read < 2999 * 4 + 2048
     assert all(read(file, name, values[name]) == bytes(bytes_of(values[name])) for name in values)
+
+
+def test_a_checkpoint_of_more_files_than_a_process_may_open_is_read(tmp_path, monkeypatch):
+    values, files = torch.arange(40.0), {}
+    tmp = commit.begin(tmp_path, 1, "a")
+    for rank, piece in enumerate(values.split(2)):
+        path = tmp / reader.partition_file(rank)
+        files[path.name] = write(path, {"master:w": piece.clone()})[1]
+    index = {"w": {"shape": [40], "piece": 2}}
+    manifest = {"step": 1, "files": files, "state_kinds": ["master"], "parameters": index}
+    found = reader.CheckpointReader(commit.commit(tmp_path, tmp, manifest))
+    monkeypatch.setattr(reader, "MAX_OPEN", 3)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        assert found.tensor("w").equal(values)
+    assert len(os.listdir("/proc/self/fd")) - before == 3
 
 
 def test_wrong_places_are_not_taken(tmp_path):

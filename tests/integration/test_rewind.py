@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from unittest import mock
 
@@ -207,6 +208,28 @@ def test_a_touched_file_commits_or_stops_and_is_removed(write_run, tmp_path, nam
         assert [one[:2] for one in result] == [("Stopped", 0)] * 2 and steps(folder) == [first]
         assert f"stopped at step {first} of 12, committed" in result[0][2]
         assert pool.run(train_here, yaml, [], 0, "b") == [12, 12]
+
+
+def train_on_a_full_disk(world, yaml, overrides, attempt, until):
+    """As train_here; no save can be begun while the run has taken fewer than `until` steps."""
+    begin = commit.begin
+
+    def full(folder, step, attempt):
+        if step < until:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return begin(folder, step, attempt)
+
+    with mock.patch.object(commit, "begin", full):
+        return train_here(world, yaml, overrides, 0, attempt)
+
+
+def test_a_save_that_is_asked_for_is_tried_once_not_at_every_step_until_the_run_ends(write_run, tmp_path):
+    yaml, folder = write_run("full", **{"training.max_steps": 12}), tmp_path / "full"
+    folder.mkdir()
+    (folder / "SAVE").touch()
+    assert ranks(2).run(train_on_a_full_disk, yaml, [], "a", 12) == [12, 12]
+    assert len(events(folder, "save_failed")) == 1
+    assert steps(folder) == [12] and not (folder / "SAVE").exists()
 
 
 def test_time_alone_is_a_reason_to_save(write_run, tmp_path):
