@@ -10,10 +10,12 @@ Growth: one listing of the folder and two of the tag folder, whatever it holds.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsgpt.checkpoint.commit import MANIFEST, list_committed
 from dsgpt.errors import CheckpointError
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -40,7 +42,12 @@ def find_deepspeed(place: str | Path) -> DeepSpeedFolder:
     """The checkpoint in a folder. Raises CheckpointError where there is none, several, or one that is not read."""
     folder = Path(place)
     if not folder.is_dir():
-        raise CheckpointError("no such folder", seen=str(folder), do="deepspeed:<folder that DeepSpeed saved>")
+        what = "this is a file, not a folder" if folder.exists() else "no such folder"
+        do = "deepspeed:<folder that DeepSpeed saved>"
+        with contextlib.suppress(OSError):  # what lies beside it may be nobody's business
+            if _holds_states(folder.parent) or _inside(folder.parent):
+                do = _advice(folder.parent)
+        raise CheckpointError(what, seen=str(folder), do=do)
     is_tag = any(folder.glob("*_states.pt"))
     tag = folder if is_tag else _named_by_latest(folder)
     beside = folder.parent if is_tag else folder
@@ -60,6 +67,11 @@ def find_deepspeed(place: str | Path) -> DeepSpeedFolder:
     return DeepSpeedFolder(tag, model, optimizer, safetensors)
 
 
+def is_deepspeed(folder: Path) -> bool:
+    """Whether a folder looks like one that DeepSpeed saved, readable or not."""
+    return (folder / "latest").is_file() or _holds_states(folder)
+
+
 def _named_by_latest(folder: Path) -> Path | None:
     latest = folder / "latest"
     if not latest.is_file():
@@ -75,9 +87,7 @@ def _named_by_latest(folder: Path) -> Path | None:
 
 def _inside(folder: Path) -> list[str]:
     """Folders inside that hold a checkpoint, in the order of their numbers."""
-    found = [
-        path.name for path in folder.iterdir() if path.is_dir() and ((path / "latest").is_file() or _holds_states(path))
-    ]
+    found = [path.name for path in folder.iterdir() if path.is_dir() and is_deepspeed(path)]
     return sorted(found, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
@@ -90,6 +100,10 @@ def _seen(folder: Path) -> str:
 
 
 def _advice(folder: Path) -> str:
+    if _holds_states(folder):
+        return f"deepspeed:{folder}"
+    if list_committed(folder / "checkpoints") or (folder / MANIFEST).exists():
+        return f"it is dsgpt's own: checkpoint:{folder} for its weights, fork:{folder} for all its state"
     inside = _inside(folder)
     if inside:
         return f"name one of those that are there: {', '.join(f'deepspeed:{folder / name}' for name in inside)}"

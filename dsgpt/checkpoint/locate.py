@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsgpt.checkpoint import commit
+from dsgpt.checkpoint.deepspeed_files import is_deepspeed
 from dsgpt.checkpoint.retention import best
 from dsgpt.errors import CheckpointError
 
@@ -23,6 +24,8 @@ def locate_checkpoint(text: str) -> Path:
     committed = commit.list_committed(folder / "checkpoints")
     if not committed:
         do = "name a run folder, RUN@STEP, RUN@best or a checkpoint folder"
+        if is_deepspeed(folder):
+            do = f"DeepSpeed saved it: model.init_from=deepspeed:{folder} trains from it"
         raise CheckpointError(f"no committed checkpoint at {text}", seen=f"{folder}/checkpoints", do=do)
     if not step:
         return committed[-1][1]

@@ -31,6 +31,10 @@ def _finding(keys: tuple[str, ...], what: str, seen: str, do: str) -> Finding:
     return Finding(Problem(what, seen, do), keys)
 
 
+def _has_states(folder: Path) -> bool:
+    return (folder / "latest").is_file() or any(folder.glob("*_states.pt"))
+
+
 def _check_model(config: RunConfig) -> Iterator[Finding]:
     model = config.model
     kind, _, name = model.init_from.partition(":")
@@ -38,7 +42,7 @@ def _check_model(config: RunConfig) -> Iterator[Finding]:
         do = "write scratch, hf:<folder or hub name>, checkpoint:<path>, deepspeed:<folder> or fork:<run>@<step>"
         yield _finding(("model.init_from",), "model.init_from is not understood", model.init_from, do)
     # What a run started from may be gone when it continues: a folder that is not there is no finding here.
-    written = kind == "deepspeed" and Path(name).is_dir() and described_folder(Path(name)) is None
+    written = kind == "deepspeed" and _has_states(Path(name)) and described_folder(Path(name)) is None
     if model.init_from == "scratch" or written:
         needed = ("hidden_size", "num_hidden_layers", "num_attention_heads")
         for key in (key for key in needed if getattr(model, key) is None):

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -37,6 +38,7 @@ from dsgpt.process import (
 from dsgpt.verdict import Verdict, read_verdict, record_verdict
 
 _POLL_SECONDS = 0.1
+_LAUNCHER_LINE = re.compile(r"\[\d{4}-[^\]]*\] \[[A-Z]+\] \[launch\.py:")
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,9 @@ def _end_of(log_dir: Path, log_file: Path, returncode: int) -> JobEnd:
     if verdict is not None:
         return JobEnd(verdict.exit_code, verdict.message, log_file)
     if 0 < returncode < 128 and returncode in list(ExitCode):
-        return JobEnd(returncode, "\n".join(_tail(log_file)), log_file)
+        # Its ranks have said why, often all of them the same; what the launcher says of them is no part of it.
+        told = dict.fromkeys(line for line in _tail(log_file, 40) if not _LAUNCHER_LINE.match(line))
+        return JobEnd(returncode, "\n".join(told), log_file)
     message = f"the job ended without a verdict (launcher code {returncode}); the end of {log_file}:"
     return JobEnd(ExitCode.INFRASTRUCTURE, "\n".join([message, *_tail(log_file)]), log_file)
 

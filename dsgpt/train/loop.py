@@ -137,7 +137,8 @@ def _end_at_once(run: Run, forked: bool) -> None:
     if forked and step != plan.config.run.stop_at_step:
         seen = f"forked at step {step}, training.max_steps is {plan.max_steps}"
         seen += f", run.stop_at_step {plan.last_step}" if plan.last_step < plan.max_steps else ""
-        raise ConfigError("the fork has nothing to train", seen=seen, do="a larger one")
+        key = "training.max_steps" if plan.max_steps <= step else "run.stop_at_step"
+        raise ConfigError("the fork has nothing to train", seen=seen, do=f"a larger {key}")
     if forked:
         try:
             save(run, required=True)

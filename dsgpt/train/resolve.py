@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsgpt.checkpoint import commit
-from dsgpt.checkpoint.deepspeed_files import find_deepspeed
+from dsgpt.checkpoint.deepspeed_files import find_deepspeed, is_deepspeed
 from dsgpt.checkpoint.locate import locate_checkpoint
 from dsgpt.config import ModelConfig, RunConfig, fill_deepspeed
 from dsgpt.config.model import described_folder
@@ -72,12 +72,13 @@ class ResolvedRun:
         """The arithmetic of the run, for people."""
         t = self.config.training
         per_step = t.tokens_per_step
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         return "\n".join(
             (
                 f"model      {format_count(parameter_count(self.model))} parameters, {self.model.num_hidden_layers} layers, "
                 f"hidden {self.model.hidden_size}, vocabulary {self.model.vocab_size}",
-                f"batch      {t.global_batch_size} sequences = {t.micro_batch_size_per_gpu} per rank x {self.world_size} "
-                f"ranks x {self.gradient_accumulation_steps} accumulation; x {t.seq_length} tokens = "
+                f"batch      {t.global_batch_size} sequences = {t.micro_batch_size_per_gpu} per rank x {ranks} "
+                f"x {self.gradient_accumulation_steps} accumulation; x {t.seq_length} tokens = "
                 f"{format_count(per_step)} tokens per step",
                 f"length     {self.max_steps} steps = {format_count(self.max_steps * per_step)} tokens",
                 *self.data.describe(self.max_steps * t.global_batch_size),
@@ -128,19 +129,25 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
     """A run that continues keeps its global batch, so the number of ranks must divide it."""
     if config.resume == "fresh" or not commit.list_committed(config.run.output_dir / "checkpoints"):
         return
+    check_ranks(config, world_size, "the run cannot continue", "dsgpt train RUN.yaml --num-processes")
+
+
+def check_ranks(config: RunConfig, world_size: int, cannot: str, command: str) -> None:
+    """Raise ConfigError, with `command` and the numbers that work, where ranks do not divide a batch that must stay."""
     total, micro = config.training.global_batch_size, config.training.micro_batch_size_per_gpu
     micro = 1 if micro == "auto" else micro
+    verb, _, option = command.rpartition(" ")
     if total % (micro * world_size) == 0:
         return
     words = []
     if total % micro == 0:
-        words.append(f"--num-processes {nearest_divisors(total // micro, world_size)}")
+        words.append(f"{option} {nearest_divisors(total // micro, world_size)}")
     if total % world_size == 0:
         words.append(f"training.micro_batch_size_per_gpu={nearest_divisors(total // world_size, micro)}")
     raise ConfigError(
-        f"the run cannot continue on {world_size} ranks: they do not divide its global batch, which stays what it is",
+        f"{cannot} on {world_size} ranks: they do not divide its global batch, which stays what it is",
         seen=f"{total} = {micro} x {world_size} x {total / (micro * world_size):.4g}",
-        do=" or ".join(f"dsgpt train RUN.yaml {word}" for word in words) or "the config the run was started with",
+        do=" or ".join(f"{verb} {word}" for word in words) or "the config the run was started with",
     )
 
 
@@ -191,6 +198,12 @@ def _model_config(config: RunConfig, tokenizer: TokenizerRecord | None) -> Model
     if origin in ("checkpoint", "fork"):
         saved = ModelConfig.model_validate(commit.read_manifest(locate_checkpoint(location))["model"])
         return saved.model_copy(update={"dropout": config.model.dropout})
+    if origin == "hf" and is_deepspeed(Path(location)) and not any(Path(location).glob("*.safetensors")):
+        raise ConfigError(
+            "no Hugging Face weights here, but what DeepSpeed saved", location, f"model.init_from=deepspeed:{location}"
+        )
+    if origin == "hf" and commit.list_committed(Path(location) / "checkpoints"):
+        raise ConfigError("a run of dsgpt, no Hugging Face folder", location, f"model.init_from=checkpoint:{location}")
     if origin == "deepspeed":
         find_deepspeed(location)  # what is not read is refused here already
         described = described_folder(Path(location))

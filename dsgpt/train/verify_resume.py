@@ -33,7 +33,7 @@ from dsgpt.errors import ConfigError, DsgptError, ExitCode, LockedError
 from dsgpt.launch.marked import MarkedJob
 from dsgpt.planning import parameter_count
 from dsgpt.process import new_attempt
-from dsgpt.train.resolve import ResolvedRun
+from dsgpt.train.resolve import ResolvedRun, check_ranks
 from dsgpt.train.start import plan_run
 from dsgpt.train.state import read_metrics
 from dsgpt.train.verify_checks import (
@@ -91,6 +91,8 @@ class Trial:
         again = [f"deepspeed={deepspeed}"] if deepspeed else []
         before = [*arguments, *pinned, "resume=auto", f"run.output_dir={self.folder / 'reference'}"]
         self.plan = plan_run(before, num_processes, may_hide_gpus=True).run
+        if world_size:
+            check_ranks(own, world_size, "the resume cannot be", "dsgpt verify-resume RUN.yaml --world-size")
         self.moved_plan = plan_run([*before, *again], world_size or self.plan.world_size, may_hide_gpus=True).run
         fit = (self.plan.max_steps - base) // 2
         if fit < 2:  # between two commits there must be a step
