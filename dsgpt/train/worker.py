@@ -136,6 +136,7 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
     loaded = load_config(*split_arguments(arguments))
 
     from dsgpt import distributed, engine
+    from dsgpt.launch.local_ranks import expected_hosts
     from dsgpt.train.device import choose_device
     from dsgpt.train.loop import train
     from dsgpt.train.resolve import resolve_run
@@ -151,7 +152,7 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
         tune_allocator()
     # The others wait for rank 0 while it looks whether another job still holds the folder.
     patience = max(3 * timeout, LEASE_SECONDS + MEET_SECONDS) if timeout else NO_TIMEOUT_SECONDS
-    world = distributed.start(device.kind, patience, meeting)
+    world = distributed.start(device.kind, patience, meeting, expected_hosts())
     stop.patient = True
     end.rank = world.rank
     try:
