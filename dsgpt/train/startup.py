@@ -199,8 +199,8 @@ def tell_startup(world: World, heartbeat: Heartbeat, log: RunLog) -> None:
         if best > 0
     }
     before = batch_phases()
-    ends = [began for _, began in before[1:]] + [time.time() - age]
-    batch = {name: round(end - began, 3) for (name, began), end in zip(before, ends, strict=True)}
+    ends = [*(began for _, began in before[1:]), time.time() - age]  # one more than there is where nothing was told
+    batch = {name: round(end - began, 3) for (name, began), end in zip(before, ends, strict=False)}
     log.event("startup", _sentence(phases, batch, most[-1], world.size), seconds=most[-1], phases=phases, batch=batch)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from dsgpt.errors import DsgptError
 from dsgpt.process import batch_phases, free_port, process_age
 from dsgpt.train import startup
 from dsgpt.train.resolve import resolve_run
+from dsgpt.train.state import RunLog
 from dsgpt.watchdog import Heartbeat
 from tests.integration.test_launch import start
 from tests.pool import ranks
@@ -131,6 +133,23 @@ def test_times_of_phases_add_up():
         heartbeat.phase(name)
     times = heartbeat.times()
     assert set(times) == {"start", "build the model", "step"} and min(times.values()) >= 0
+
+
+def tell(world, folder):
+    log = RunLog(Path(folder), "a1", enabled=world.is_main)
+    heartbeat = Heartbeat()
+    heartbeat.phase("build the model")
+    time.sleep(0.3 * world.rank)
+    heartbeat.phase("step")
+    startup.tell_startup(world, heartbeat, log)
+
+
+def test_the_slowest_rank_of_a_phase_is_named_also_without_a_batch_script(tmp_path):
+    ranks(2).run(tell, str(tmp_path))
+    (line,) = (tmp_path / "events.jsonl").read_text().splitlines()
+    told = json.loads(line)
+    assert told["event"] == "startup" and told["batch"] == {}
+    assert told["phases"]["model"]["rank"] == 1 and told["phases"]["model"]["seconds"] >= 0.3
 
 
 def run_ranks(yaml, folder, **per_rank):
