@@ -5,15 +5,16 @@ MASTER_ADDR and MASTER_PORT), opens the process group (NCCL on GPUs, gloo on CPU
 above hand around instead of reading the environment. All small agreements between ranks go through `World`.
 
 Growth: every collective here is a reduction or gather of a few bytes per rank; none is O(world size) in time on rank 0
-except `gather_objects`, which is used once per checkpoint.
+except `gather_objects`, which is used once per checkpoint. `collect` costs by the ranks that have something to say.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from dsgpt.process import (
     new_attempt,
     scheduler_job,
 )
+from dsgpt.rendezvous import Place, RendezvousError, addresses_in, hosts_of, meet
 
 _TIMEOUT_SECONDS = 1800.0
 
@@ -49,6 +51,9 @@ class World:
     attempt: str = "0"
     job: str = ""  # the scheduler's id of the job, "" outside one, and how often it was requeued
     restarts: int = 0
+    place: Place | None = None  # where the ranks met, and the store they met in
+    store: Any = None
+    _collected: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -88,6 +93,27 @@ class World:
         dist.gather_object(value, gathered, dst=0)
         return gathered
 
+    def collect(self, value: Any | None) -> list[Any] | None:
+        """The values (JSON) of the ranks that have one, on rank 0, in no order; None elsewhere.
+
+        Through the store: ranks without one send nothing but their part in a barrier.
+        """
+        if self.size == 1:
+            return [] if value is None else [value]
+        self._collected += 1
+        key = f"collect/{self._collected}"
+        if value is not None:
+            self.store.append(key, json.dumps(value) + "\n")
+            self.store.add(f"{key}/n", 1)  # its answer says that the line has arrived
+        (number,) = self.sum(float(value is not None))
+        if not self.is_main:
+            return None
+        return [json.loads(line) for line in self.store.get(key).decode().splitlines()] if number else []
+
+    def host_of(self, rank: int) -> str:
+        """The host of another rank, as it told when the ranks met."""
+        return self.host if rank == self.rank or self.store is None else hosts_of(self.store, [rank])[0]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -107,11 +133,16 @@ class World:
             raise LockedError(problems=refused)
 
 
-def start(device: str, timeout_seconds: float = _TIMEOUT_SECONDS, meet_seconds: float = _TIMEOUT_SECONDS) -> World:
+def start(
+    device: str,
+    timeout_seconds: float = _TIMEOUT_SECONDS,
+    meet_seconds: float = _TIMEOUT_SECONDS,
+    expected_hosts: Sequence[str] = (),
+) -> World:
     """Join the process group described by the environment; `device` is "cpu" or "cuda". Raises ConfigError.
 
-    Ranks that do not come fail after `meet_seconds` (torch tries twice to reach rank 0), collectives that do not end
-    after `timeout_seconds`.
+    Raises RendezvousError, which names the ranks and hosts that did not come, after `meet_seconds`; collectives that do
+    not end fail after `timeout_seconds`. `expected_hosts` are those of the scheduler's allocation, where that is known.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -130,15 +161,39 @@ def start(device: str, timeout_seconds: float = _TIMEOUT_SECONDS, meet_seconds: 
         torch_device = torch.device("cuda", 0 if bound else local_rank)
         torch.cuda.set_device(torch_device)
     die_with_parent()
-    if not dist.is_initialized():
-        store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=meet_seconds)))
-        backend, timeout = "nccl" if device == "cuda" else "gloo", datetime.timedelta(seconds=timeout_seconds)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     world = World(rank, local_rank, size, local_size, torch_device)
     world.job, world.restarts = scheduler_job()
+    world.place = Place(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        rank,
+        size,
+        world.host,
+        agent=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+    if not dist.is_initialized():
+        world.store = meet(world.place, meet_seconds, expected_hosts)
+        _connect(world, "nccl" if device == "cuda" else "gloo", timeout_seconds)
     attempt = attempt_of_environment() or new_attempt()
     world.attempt = world.broadcast_object(attempt)
     return world
+
+
+def _connect(world: World, backend: str, seconds: float) -> None:
+    """Open the process group: gloo connects every rank with every other, and says of a failure only an address."""
+    try:
+        timeout = datetime.timedelta(seconds=seconds)
+        store = dist.PrefixStore("group", world.store)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA")
+        settings = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        raise RendezvousError(
+            f"rank {world.rank} on {world.host} met the others at {world.place}, but {backend} could not connect to "
+            f"{', '.join(addresses_in(str(error))) or 'them'}",
+            seen=f"{str(error).strip().splitlines()[0]} {settings}".strip(),
+            do="name the interface that connects the nodes in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, on all nodes",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -84,6 +84,25 @@ def log_dir_of_environment() -> Path | None:
     return folder if os.environ.get("DSGPT_LOG_DIR") and folder.is_dir() else None
 
 
+def process_age() -> float:
+    """Seconds since the kernel started this process; 0 where it does not tell."""
+    try:
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
+
+
+def batch_phases() -> list[tuple[str, float]]:
+    """What the batch script did before it started the ranks, and when each part began: DSGPT_PHASES="name=epoch,..."."""
+    found = []
+    for part in os.environ.get("DSGPT_PHASES", "").split(","):
+        name, _, began = part.strip().rpartition("=")
+        with contextlib.suppress(ValueError):  # a line for people: nothing may fail for it
+            found.append((name[:40], float(began)))
+    return [one for one in found if one[0]]
+
+
 def tune_allocator() -> None:
     """On a CPU: blocks of 8 MiB and more go back to the system when they are freed, smaller ones stay, in one heap (glibc).
 

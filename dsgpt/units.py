@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
+_LAST_NUMBER = re.compile(r"(.*?)(\d+)(\D*)")
 _COUNT_SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 _BYTE_SUFFIXES = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
@@ -44,3 +48,28 @@ def format_seconds(seconds: float) -> str:
         return f"{hours} h {minutes:02d} min"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours:02d} h"
+
+
+def fold_names(names: Iterable[str]) -> str:
+    """Names that differ in their last number, as schedulers write them: n1, n2, n3, x -> 'n[1-3],x'."""
+    runs: dict[tuple[str, str, int], list[int]] = {}
+    for name in dict.fromkeys(names):
+        head, digits, tail = match.groups() if (match := _LAST_NUMBER.fullmatch(name)) else (name, "", "")
+        padded = len(digits) if digits.startswith("0") or not digits else 0
+        width = padded or next((w for (h, t, w) in runs if (h, t) == (head, tail) and w and w == len(digits)), 0)
+        runs.setdefault((head, tail, width if digits else -1), []).extend([int(digits)] if digits else [])
+    return ",".join(_fold(head, tail, width, sorted(numbers)) for (head, tail, width), numbers in runs.items())
+
+
+def _fold(head: str, tail: str, width: int, numbers: list[int]) -> str:
+    if width < 0:
+        return head + tail
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    texts = [f"{a:0{width}d}" if a == b else f"{a:0{width}d}-{b:0{width}d}" for a, b in parts]
+    plain = len(texts) == 1 and parts[0][0] == parts[0][1]
+    return f"{head}{texts[0]}{tail}" if plain else f"{head}[{','.join(texts)}]{tail}"

@@ -54,7 +54,8 @@ class Heartbeat:
 
     def __init__(self, buffer: mmap.mmap | None = None):
         self._buffer, self._ticks, self._step, self._budget = buffer, 0, -1, 0.0
-        self._phase = "start"
+        self._phase, self._since = "start", time.monotonic()
+        self.spent: dict[str, float] = {}  # seconds in the phases that are over
         self._stacks: TextIO | None = None
         self.information: dict[str, Any] = {}
         self.log_dir: Path | None = None
@@ -69,9 +70,16 @@ class Heartbeat:
 
     def phase(self, name: str, step: int | None = None, seconds: float = 0.0) -> None:
         """From now on the rank does `name`, which may take `seconds` (0: for ever) until the next call."""
-        self._phase, self._budget = name, seconds
+        now = time.monotonic()
+        self.spent[self._phase] = self.spent.get(self._phase, 0.0) + now - self._since
+        self._phase, self._budget, self._since = name, seconds, now
         self._step = self._step if step is None else step
         self.tick()
+
+    def times(self) -> dict[str, float]:
+        """Seconds spent in each phase so far, this one included."""
+        running = self.spent.get(self._phase, 0.0) + time.monotonic() - self._since
+        return {**self.spent, self._phase: running}
 
     def tick(self) -> None:
         """Still in the same phase, and getting on: its time counts anew."""

@@ -15,10 +15,10 @@ FLOORS = {
     **dict.fromkeys(("cli", "quickstart", "__main__"), 7),
     "train": 6,
     **dict.fromkeys(("evaluate", "generate"), 5),
-    **dict.fromkeys(("engine", "checkpoint"), 4),
-    **dict.fromkeys(("tokenizer", "data", "model", "optimizer", "loss_scale", "partitioned"), 3),
+    **dict.fromkeys(("engine", "checkpoint", "probe"), 4),
+    **dict.fromkeys(("tokenizer", "data", "model", "optimizer", "loss_scale", "partitioned", "nodes"), 3),
     **dict.fromkeys(("distributed", "planning", "launch", "report"), 2),
-    **dict.fromkeys(("config", "process", "lease", "verdict", "watchdog"), 1),
+    **dict.fromkeys(("config", "process", "lease", "verdict", "watchdog", "rendezvous"), 1),
     **dict.fromkeys(("errors", "units"), 0),
 }
 SIDEWAYS = {

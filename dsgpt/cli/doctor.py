@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
-from dsgpt.errors import ExitCode
+from dsgpt.cli.common import print_json
+from dsgpt.cli.probe_table import print_probe
+from dsgpt.errors import DsgptError, ExitCode
+from dsgpt.launch import slurm
 from dsgpt.launch.doctor import Check, examine_machine
+from dsgpt.launch.local_ranks import expected_hosts, run_local_ranks
+from dsgpt.process import complain
 
 _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
@@ -22,8 +30,18 @@ _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
     help="Where runs will write: checked for access, space and inodes.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(output_dir: Path, as_json: bool) -> None:
-    """Say what would go wrong on this machine, and the fix. Exits with 78 when something would stop a run."""
+@click.option(
+    "--distributed", is_flag=True, help="Probe the ranks of a job instead: srun python -m dsgpt doctor --distributed"
+)
+def doctor(output_dir: Path, as_json: bool, distributed: bool) -> None:
+    """Say what would go wrong on this machine, and the fix. Exits with 78 when something would stop a run.
+
+    With --distributed, on every rank of a job (srun, torchrun, deepspeed --no_local_rank --module): whether the ranks
+    meet, their nodes are alike and their network is whole and fast. Alone it starts ranks on this machine. Exits with 76
+    where a host or link is lost, slow or damages data, and names it; with 78 where software differs.
+    """
+    if distributed:
+        _distributed(as_json)
     checks = examine_machine(output_dir) if as_json else _with_status(output_dir)
     problems = [check for check in checks if check.status == "problem"]
     if as_json:
@@ -31,6 +49,32 @@ def doctor(output_dir: Path, as_json: bool) -> None:
     else:
         _print_table(checks)
     raise SystemExit(ExitCode.CONFIG if problems else ExitCode.DONE)
+
+
+def _distributed(as_json: bool) -> NoReturn:
+    """One rank's part; ends the process at once, since threads of a broken network may never end."""
+    slurm.adopt_rank_environment()
+    if "RANK" not in os.environ:
+        raise SystemExit(run_local_ranks(["doctor", "--distributed", *(["--json"] if as_json else [])]))
+    from dsgpt.probe import start_and_probe
+
+    try:
+        world, report = start_and_probe(expected_hosts())
+        code = report.exit_code
+        if world.is_main:
+            if as_json:
+                print_json(report.as_dict())
+            else:
+                print_probe(report)
+    except DsgptError as error:
+        code = error.exit_code
+        if os.environ["RANK"] == "0" or code != ExitCode.CONFIG:  # the same on all ranks
+            complain(f"dsgpt doctor: {error}")
+        if as_json and os.environ["RANK"] == "0":
+            print_json({"ok": False, "problems": [str(error)]})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(code))
 
 
 def _with_status(output_dir: Path) -> list[Check]:

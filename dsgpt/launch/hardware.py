@@ -225,6 +225,19 @@ def memory_bytes(root: Path = Path("/")) -> int:
     return total
 
 
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Bytes that could be used now: what the kernel thinks, cut to what the control group leaves. 0 where unknown."""
+    free = next((int(one.split()[1]) * 1024 for one in _lines(root / "proc/meminfo") if one.startswith("MemAvail")), 0)
+    for folder in _control_groups(root, "memory"):
+        limit = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
+        used = _words(folder / "memory.current") or _words(folder / "memory.usage_in_bytes")
+        if limit and used and limit[0].isdigit() and int(limit[0]) < _NO_LIMIT:
+            statistics = dict(line.split()[:2] for line in _lines(folder / "memory.stat"))
+            given_back = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+            free = min(free, int(limit[0]) - int(used[0]) + given_back)
+    return max(0, free)
+
+
 def _control_groups(root: Path, controller: str) -> Iterator[Path]:
     """The folders of this process's control group and of all above it: each of them limits it. Versions 2 and 1."""
     for line in _lines(root / "proc/self/cgroup"):

@@ -24,6 +24,7 @@ from dsgpt.config import to_yaml
 from dsgpt.distributed import World
 from dsgpt.engine import Engine
 from dsgpt.errors import ConfigError, LockedError
+from dsgpt.nodes import NodesReport
 from dsgpt.train.changes import check_same_run
 from dsgpt.train.resolve import ResolvedRun
 from dsgpt.train.state import RunLog, write_atomically
@@ -51,7 +52,9 @@ def prepare_folder(plan: ResolvedRun, world: World) -> list[str]:
     return changes
 
 
-def write_resolved(plan: ResolvedRun, world: World, log: RunLog, changes: list[str]) -> None:
+def write_resolved(
+    plan: ResolvedRun, world: World, log: RunLog, changes: list[str], nodes: NodesReport | None = None
+) -> None:
     """Write what is resolved, and keep the tokenizer with the run: after the resume worked, before step 1. Rank 0 only."""
     error, folder = None, plan.output_dir
     if world.is_main:
@@ -61,7 +64,7 @@ def write_resolved(plan: ResolvedRun, world: World, log: RunLog, changes: list[s
             here = plan.config.run.model_copy(update={"output_dir": Path(".")})
             write_atomically(folder / "config.yaml", to_yaml(plan.config.model_copy(update={"run": here})))
             write_atomically(folder / "ds_config.json", json.dumps(plan.deepspeed, indent=2) + "\n")
-            write_atomically(folder / "environment.json", json.dumps(_environment(world), indent=2) + "\n")
+            write_atomically(folder / "environment.json", json.dumps(_environment(world, nodes), indent=2) + "\n")
             if plan.data.tokenizer_folder and not (folder / "tokenizer").exists():
                 tmp = folder / ".tmp-tokenizer"
                 shutil.rmtree(tmp, ignore_errors=True)
@@ -79,13 +82,14 @@ def versions() -> dict[str, str]:
     return {"dsgpt": dsgpt.__version__, "torch": torch.__version__, "deepspeed": version("deepspeed")}
 
 
-def _environment(world: World) -> dict[str, Any]:
+def _environment(world: World, nodes: NodesReport | None) -> dict[str, Any]:
     packages = {name: version(name) for name in ("transformers", "safetensors", "numpy")}
     return {**versions(), "python": sys.version.split()[0], **packages} | {
         "platform": platform.platform(),
         "host": world.host,
         "world_size": world.size,
         "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
+        **({"num_nodes": nodes.num_nodes, "nodes": nodes.groups} if nodes else {}),
     }
 
 

@@ -33,6 +33,7 @@ from dsgpt.train.resolve import ResolvedRun
 from dsgpt.train.resume import last_good, open_run, restore
 from dsgpt.train.save import Controls, finish_save, save
 from dsgpt.train.spikes import MAX_ROLLBACKS_IN_A_ROW, LossSpikes
+from dsgpt.train.startup import examine_nodes, tell_startup
 from dsgpt.train.state import RunLog, TrainState
 from dsgpt.train.step import StepLoader, StepReport, Wishes, largest_micro_batch, train_step
 from dsgpt.train.stopping import ended, is_agreed, leave_start, wishes
@@ -104,6 +105,7 @@ def train(
         stop.watch(plan.output_dir / "logs" / world.attempt / "stop-request")
     log.event("start", plan.describe(), world_size=world.size, max_steps=plan.max_steps, host=world.host)
     heartbeat = heartbeat or Heartbeat()
+    nodes = examine_nodes(plan, world, log, heartbeat)
     heartbeat.phase("choose the checkpoint", 0, 3 * plan.config.run.hang_timeout_seconds)
     continuation = open_run(plan, world, log)
     heartbeat.tell(failed_starts=continuation.failed_starts)
@@ -120,7 +122,7 @@ def train(
         restore(run, continuation)
     elif plan.config.model.init_from != "scratch":
         read_weights(run)
-    write_resolved(plan, world, log, changes)
+    write_resolved(plan, world, log, changes, nodes)
     if run.state.step >= plan.last_step:
         _end_at_once(run, continuation.forked)
         return run.state
@@ -157,7 +159,7 @@ def _build(
     guard: Callable[[], None],
 ) -> Run:
     config = plan.config
-    heartbeat.phase("build the model", 0, 3 * config.run.hang_timeout_seconds)
+    heartbeat.phase("open the data", 0, 3 * config.run.hang_timeout_seconds)
     sources = [source.open(config, plan.model.vocab_size) for source in plan.data.train]
     stream = MixtureStream(sources, first_segments(plan), config.run.seed)
     validation = {source.name: source.open(config, plan.model.vocab_size) for source in plan.data.validation}
@@ -165,6 +167,7 @@ def _build(
         text = "warning: nothing says which tokenizer made {}; ids are compared with the vocabulary as they are read"
         log.event("tokenizer_unknown", text.format(", ".join(plan.data.foreign)), sources=plan.data.foreign)
     log.event("building_model")
+    heartbeat.phase("build the model", 0, 3 * config.run.hang_timeout_seconds)
     torch.manual_seed(config.run.seed)
     model = construct(lambda: GPT(plan.model), plan.deepspeed)
     apply_activation_checkpointing(model, config.training.activation_checkpointing)
@@ -218,6 +221,7 @@ def _run_steps(run: Run) -> None:
             _count(run, report, start)
             if meter.steps == 0:
                 run.log.event("first_step", step=run.state.step, loss=report.loss)
+                tell_startup(world, run.heartbeat, run.log)
             else:  # the first one compiles and warms up
                 run.limit.stepped(time.monotonic() - began)
             meter.count(training.tokens_per_step)

@@ -136,9 +136,11 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
     loaded = load_config(*split_arguments(arguments))
 
     from dsgpt import distributed, engine
+    from dsgpt.launch.local_ranks import expected_hosts
     from dsgpt.train.device import choose_device
     from dsgpt.train.loop import train
     from dsgpt.train.resolve import resolve_run
+    from dsgpt.train.startup import resolve_together
 
     timeout = loaded.config.run.hang_timeout_seconds
     meeting = max(timeout, MEET_SECONDS) if timeout else NO_TIMEOUT_SECONDS
@@ -150,18 +152,21 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
         tune_allocator()
     # The others wait for rank 0 while it looks whether another job still holds the folder.
     patience = max(3 * timeout, LEASE_SECONDS + MEET_SECONDS) if timeout else NO_TIMEOUT_SECONDS
-    world = distributed.start(device.kind, patience, meeting)
+    world = distributed.start(device.kind, patience, meeting, expected_hosts())
     stop.patient = True
     end.rank = world.rank
     try:
         engine.init_distributed(world)
         device.check_ranks(world.local_size)
-        plan = resolve_run(
-            loaded.config,
-            world_size=world.size,
-            device=device.kind,
-            gpu_memory_bytes=device.memory_bytes,
-            bf16=device.bf16,
+        plan = resolve_together(
+            world,
+            lambda: resolve_run(
+                loaded.config,
+                world_size=world.size,
+                device=device.kind,
+                gpu_memory_bytes=device.memory_bytes,
+                bf16=device.bf16,
+            ),
         )
         end.heartbeat.phase("take the run folder", 0, patience + MEET_SECONDS if timeout else 0.0)
         with distributed.folder_lease(plan.output_dir, world, end.cut_off) as lease:
