@@ -44,6 +44,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 _left_out: Counter[str] = Counter()
+_ran: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--must-run", action="store_true", help="fail where no test ran: all were skipped, or none chosen")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and not report.skipped:
+        _ran.append(report.nodeid)
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
@@ -51,12 +61,16 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
         _left_out[" and ".join(tier for tier in TIERS if item.get_closest_marker(tier)) or "other"] += 1
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     pool.close_all()
+    if session.config.getoption("--must-run") and not _ran:
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say what was left out by the selection, which pytest itself only counts."""
+    if config.getoption("--must-run") and not _ran:
+        terminalreporter.write_line("no test ran, and --must-run asks for one", red=True)
     tiers = {name: count for name, count in _left_out.items() if name != "other"}
     if not tiers:
         return

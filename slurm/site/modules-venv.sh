@@ -48,7 +48,7 @@ if [ -n "$DSGPT_STAGE" ] && [ -n "${SLURM_JOB_NUM_NODES:-}" ]; then
     # shellcheck disable=SC2016  # expanded on the nodes
     if sbcast --force "$DSGPT_STAGE" "$dsgpt_staged.tar" && dsgpt_on_nodes sh -c \
         'mkdir -m 700 -- "$1" && tar -xf "$1.tar" -C "$1" && rm -- "$1.tar" && test -x "$1/bin/python"' sh "$dsgpt_staged"; then
-        echo "site: $DSGPT_STAGE is unpacked on $SLURM_JOB_NUM_NODES nodes, in $((SECONDS - dsgpt_began)) s" >&2
+        echo "site: $DSGPT_STAGE is unpacked on every node ($SLURM_JOB_NUM_NODES), in $((SECONDS - dsgpt_began)) s" >&2
         DSGPT_PYTHON=("$dsgpt_staged/bin/python")
         export PATH="$dsgpt_staged/bin:$PATH"
     else

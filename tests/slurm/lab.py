@@ -48,7 +48,7 @@ def why_no_slurm() -> str:
     if done.returncode:
         return f"sinfo: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}"
     nodes = done.stdout.split("\n")
-    return "" if _there(nodes) else f"no node of this SLURM is there: {', '.join(sorted(filter(None, nodes))) or 'none'}"
+    return "" if _there(nodes) else f"no node of this SLURM is there: {'; '.join(filter(None, nodes)) or 'it has none'}"
 
 
 def _there(lines: Iterable[str]) -> list[str]:
@@ -100,9 +100,14 @@ class Ended:
     restarts: int
 
 
+def records(job: str) -> list[dict[str, str]]:
+    """The fields of `scontrol show job`, a line for each task of an array; values with spaces are cut at the first."""
+    lines = call("scontrol", "-o", "show", "job", job).splitlines()
+    return [dict(re.findall(r"(?:^| )([A-Za-z/:]+)=(\S*)", line)) for line in lines]
+
+
 def record(job: str) -> dict[str, str]:
-    """The fields of `scontrol show job`; those whose value has spaces are cut at the first."""
-    return dict(re.findall(r"(?:^| )([A-Za-z/:]+)=(\S*)", call("scontrol", "-o", "show", "job", job).splitlines()[0]))
+    return records(job)[0]
 
 
 def state(job: str) -> str:
@@ -119,17 +124,24 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     return found
 
 
-def wait(job: str, seconds: float) -> Ended:
-    """How it ended. One that is late is cancelled, and its record and log are the error."""
+def wait_all(job: str, seconds: float) -> list[Ended]:
+    """How a job, or each task of an array, ended. One that is late is cancelled, and its record and log are the error."""
     try:
-        until(lambda: state(job) in ENDED, seconds, f"the end of job {job}")
+        until(lambda: all(one["JobState"] in ENDED for one in records(job)), seconds, f"the end of job {job}")
     except AssertionError as error:
-        found = record(job)
+        late = [one for one in records(job) if one["JobState"] not in ENDED] or records(job)
         cancel(job)
-        raise AssertionError(f"{error}: {found}\n{log_of(found)}") from None
-    found = record(job)
-    code, number = found["ExitCode"].split(":")
-    return Ended(found["JobState"], int(code), int(number), int(found["Restarts"]))
+        raise AssertionError(f"{error}: {late[0]}\n{log_of(late[0])}") from None
+    ended = []
+    for found in records(job):
+        code, number = found["ExitCode"].split(":")
+        ended.append(Ended(found["JobState"], int(code), int(number), int(found["Restarts"])))
+    return ended
+
+
+def wait(job: str, seconds: float) -> Ended:
+    (ended,) = wait_all(job, seconds)
+    return ended
 
 
 def log_of(found: dict[str, str] | str, tail: int = 6000) -> str:
