@@ -12,7 +12,7 @@ from tests.slurm import lab
 
 SBATCH = sorted(lab.SCRIPTS.glob("*.sbatch"))
 SITES = sorted((lab.SCRIPTS / "site").glob("*.sh"))
-ALL = [*SBATCH, *SITES, lab.CLUSTER, lab.ROOT / ".ci" / "run"]
+ALL = [*SBATCH, *SITES, *sorted(lab.CLUSTER.parent.glob("*.s[hb]*")), lab.ROOT / ".ci" / "run"]
 
 
 def name(path: Path) -> str:

@@ -1,0 +1,128 @@
+"""Jobs that are stopped, preempted, lose nodes and ranks: each continues by itself and ends with an undisturbed job's bits."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults._jobs import Reference, newest_commit
+from tests.run_fixtures import write_config
+from tests.slurm import lab, loops
+from tests.slurm.loops import QUICKSTART_SIZE, SETTINGS, SIGNALS, TWO_BY_TWO, TWO_NODES, Loop
+
+pytestmark = pytest.mark.slurm
+IN_CI = ("USR1 to the shell", "TERM to one rank")
+
+
+@pytest.fixture()
+def make(dataset, tmp_path) -> Callable[..., Path]:
+    """make("run", **settings) -> YAML of a run on two nodes."""
+    return lambda name="run", **more: write_config(dataset, tmp_path, name, **{**SETTINGS, **more})
+
+
+@pytest.fixture(scope="module")
+def reference(cluster, dataset, tmp_path_factory) -> Reference:
+    """The undisturbed job of SETTINGS."""
+    return loops.straight(write_config(dataset, tmp_path_factory.mktemp("straight"), "straight", **SETTINGS))
+
+
+def test_a_time_limit_is_met_with_a_commit_and_a_requeue_until_the_run_is_done(cluster, make):
+    """The real thing: SLURM's own clock and signal."""
+    expected = loops.straight(make("straight", **QUICKSTART_SIZE))
+    options = (*TWO_NODES, "--time=2", "--signal=USR1@60")
+    with Loop(make("limited", **QUICKSTART_SIZE), options) as loop:
+        loop.finish()
+        assert loop.broken(expected, lossless=True, requeues=range(1, 10)) == []
+        assert {one.exit_code for one in loop.verdicts()[:-1]} == {75}
+
+
+@pytest.mark.parametrize(
+    "kind", [name if name in IN_CI else pytest.param(name, marks=pytest.mark.slow) for name in SIGNALS]
+)
+def test_a_signal_to_anybody_commits_the_agreed_step_once_and_requeues_once(kind, reference, make):
+    with Loop(make()) as loop:
+        loop.wait_step(25)
+        SIGNALS[kind](loop, random.Random(1))
+        assert loop.broken(reference, lossless=True) == []
+        assert [one.exit_code for one in loop.verdicts()] == [75, 0]
+
+
+@pytest.mark.slow
+def test_two_ranks_on_each_of_two_nodes_do_the_same(cluster, make):
+    expected = loops.straight(make("straight"), TWO_BY_TWO)
+    with Loop(make(), TWO_BY_TWO) as loop:
+        loop.wait_step(25)
+        lab.send(loop.job, "USR1")
+        assert loop.broken(expected, lossless=True) == []
+
+
+def test_a_job_preempted_for_another_is_requeued_once_and_loses_nothing(reference, make, submit, own_cluster, cluster):
+    with Loop(make(), (*TWO_NODES, "--partition=spot")) as loop:
+        loop.wait_step(25)
+        other = submit(
+            lab.ROOT / "tests" / "slurm" / "sleep.sbatch", 3, options=[f"--nodes={len(cluster)}", "--exclusive"]
+        )
+        assert lab.wait(other, 120).state == "COMPLETED"
+        assert loop.broken(reference, lossless=True) == []
+
+
+def test_a_cancelled_job_is_not_requeued_and_the_same_line_continues_it(reference, make):
+    with Loop(make()) as loop:
+        loop.wait_step(70)
+        lab.cancel(loop.job)
+        ended = loop.finish()
+        assert (ended.state, ended.restarts) == ("CANCELLED", 0)
+    assert newest_commit(loop.folder) >= 60
+    with Loop(make()) as again:
+        assert again.broken(reference, requeues=(0,)) == []
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_rank_costs_a_save_interval_at_most(rank, reference, make):
+    with Loop(make()) as loop:
+        loop.wait_step(70)
+        loops.to_rank(loop, signal.SIGKILL, rank)
+        assert loop.broken(reference) == []
+        assert [(one.exit_code, one.rank) for one in loop.verdicts()] == [(76, rank), (0, -1)]
+
+
+def last_node(loop: Loop) -> str:
+    """A node of the job other than that of its batch script."""
+    return lab.call("scontrol", "show", "hostnames", lab.record(loop.job)["NodeList"]).split()[-1]
+
+
+def test_a_node_without_power_costs_a_save_interval_at_most(reference, make, own_cluster):
+    with Loop(make()) as loop:
+        loop.wait_step(70)
+        node = last_node(loop)
+        own_cluster("fail", node)
+        lab.until(lambda: node not in lab.nodes(), 120, f"SLURM to miss {node}")
+        own_cluster("start", node)
+        assert loop.broken(reference) == []
+
+
+@pytest.mark.slow
+def test_the_node_of_the_batch_script_without_power_is_survived_too(reference, make, own_cluster):
+    with Loop(make()) as loop:
+        loop.wait_step(70)
+        node = lab.record(loop.job)["BatchHost"]
+        own_cluster("fail", node)
+        lab.until(lambda: node not in lab.nodes(), 120, f"SLURM to miss {node}")
+        own_cluster("start", node)
+        assert loop.broken(reference) == []
+
+
+@pytest.mark.slow
+def test_a_rank_cut_off_from_the_network_writes_nothing_that_counts(reference, make, own_cluster):
+    """SLURM starts the job anew while the old rank still lives behind the cable; it is plugged in again in the middle."""
+    with Loop(make()) as loop:
+        loop.wait_step(70)
+        node = last_node(loop)
+        own_cluster("net", node, "down")
+        lab.until(lambda: node not in lab.nodes(), 120, f"SLURM to miss {node}")
+        own_cluster("net", node, "up")
+        assert loop.broken(reference) == []
