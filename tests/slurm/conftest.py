@@ -52,7 +52,4 @@ def own_cluster(cluster: list[str]) -> Iterator[Callable[..., str]]:
     if not lab.is_ours():
         pytest.skip("this SLURM was not made by tests/slurm/cluster.sh (SLURMLAB_DIR): nothing of it is broken")
     yield lab.control
-    for name in cluster:
-        lab.control("start", name)
-        lab.control("net", name, "up")
-    lab.until(lambda: lab.nodes() == cluster, 60, "all nodes to be back")
+    lab.mend()

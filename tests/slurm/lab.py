@@ -11,6 +11,7 @@ A cluster that is somebody else's is only asked for tiny jobs; sbatch reads SBAT
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -170,8 +171,38 @@ def is_ours() -> bool:
     return Path(os.environ.get("SLURMLAB_DIR", os.devnull), "cluster.vars").is_file()
 
 
-def control(*arguments: str, seconds: float = 60) -> str:
-    return call("bash", str(CLUSTER), *arguments, seconds=seconds)
+def control(*arguments: str, seconds: float = 60, **options: Any) -> str:
+    return call("bash", str(CLUSTER), *arguments, seconds=seconds, **options)
+
+
+@contextlib.contextmanager
+def own_cluster(num_nodes: int = 3) -> Iterator[None]:
+    """The cluster of SLURMLAB_DIR, or a new one for the time being: for what needs no pytest."""
+    if is_ours():
+        yield
+        return
+    exports = control("up", "-n", str(num_nodes), "--watch", str(os.getpid()), stdin=subprocess.DEVNULL)
+    found = dict(re.findall(r"^export (\w+)='([^']*)'", exports, re.MULTILINE))
+    found["PATH"] = os.pathsep.join([found["PATH"], os.environ["PATH"]])
+    before = {name: os.environ.get(name) for name in found}
+    os.environ.update(found)
+    try:
+        yield
+    finally:
+        control("down")
+        for name, text in before.items():
+            if text is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = text
+
+
+def mend() -> None:
+    """Every node that SLURM knows is switched on, plugged in and there."""
+    for name in (names := call("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N").split()):
+        control("start", name)
+        control("net", name, "up")
+    until(lambda: nodes() == sorted(names), 60, "all nodes to be back")
 
 
 def ranks(job: str) -> dict[int, int]:

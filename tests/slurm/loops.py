@@ -154,3 +154,24 @@ def seconds_to_leave(loop: Loop, sent: float) -> float:
     """From a signal to the verdict, which the last rank's leaving follows; -1 where no attempt ended with 75."""
     ends = [event["time"] for event in events(loop.folder, "end") if event["exit_code"] == 75]
     return max(0.0, min(ends) - sent) if ends else -1.0
+
+
+# ---- ways to lose a node ---------------------------------------------------------------------------------------------
+
+
+def lose_node(loop: Loop, kind: str) -> None:
+    """Cut the "power", the "power of the batch host" or the "network"; when SLURM has missed the node, it comes back.
+
+    A node behind a pulled cable comes back only when the next attempt trains, where there is a third node for that.
+    """
+    before, found = lab.nodes(), lab.record(loop.job)
+    of_job = lab.call("scontrol", "show", "hostnames", found["NodeList"]).split()
+    node = found["BatchHost"] if "batch" in kind else of_job[-1]
+    lab.control(*(("net", node, "down") if kind == "network" else ("fail", node)))
+    lab.until(lambda: node not in lab.nodes(), 120, f"SLURM to miss {node}")
+    if kind == "network" and len(before) > len(of_job):
+        attempts = len(loop.verdicts())
+        loop.until(lambda: len(loop.verdicts()) > attempts, "the next attempt")
+        done = len(loop.steps())
+        loop.until(lambda: len(loop.steps()) > done + 5, "its steps")
+    lab.control(*(("net", node, "up") if kind == "network" else ("start", node)))

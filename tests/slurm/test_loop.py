@@ -90,39 +90,18 @@ def test_a_killed_rank_costs_a_save_interval_at_most(rank, reference, make):
         assert [(one.exit_code, one.rank) for one in loop.verdicts()] == [(76, rank), (0, -1)]
 
 
-def last_node(loop: Loop) -> str:
-    """A node of the job other than that of its batch script."""
-    return lab.call("scontrol", "show", "hostnames", lab.record(loop.job)["NodeList"]).split()[-1]
-
-
 def test_a_node_without_power_costs_a_save_interval_at_most(reference, make, own_cluster):
     with Loop(make()) as loop:
         loop.wait_step(70)
-        node = last_node(loop)
-        own_cluster("fail", node)
-        lab.until(lambda: node not in lab.nodes(), 120, f"SLURM to miss {node}")
-        own_cluster("start", node)
+        loops.lose_node(loop, "power")
         assert loop.broken(reference) == []
 
 
 @pytest.mark.slow
-def test_the_node_of_the_batch_script_without_power_is_survived_too(reference, make, own_cluster):
+@pytest.mark.parametrize("kind", ["power of the batch host", "network"])
+def test_what_a_lost_node_still_does_never_counts(kind, reference, make, own_cluster):
+    """Behind a pulled cable a rank lives on while the job's next attempt already trains."""
     with Loop(make()) as loop:
         loop.wait_step(70)
-        node = lab.record(loop.job)["BatchHost"]
-        own_cluster("fail", node)
-        lab.until(lambda: node not in lab.nodes(), 120, f"SLURM to miss {node}")
-        own_cluster("start", node)
-        assert loop.broken(reference) == []
-
-
-@pytest.mark.slow
-def test_a_rank_cut_off_from_the_network_writes_nothing_that_counts(reference, make, own_cluster):
-    """SLURM starts the job anew while the old rank still lives behind the cable; it is plugged in again in the middle."""
-    with Loop(make()) as loop:
-        loop.wait_step(70)
-        node = last_node(loop)
-        own_cluster("net", node, "down")
-        lab.until(lambda: node not in lab.nodes(), 120, f"SLURM to miss {node}")
-        own_cluster("net", node, "up")
-        assert loop.broken(reference) == []
+        loops.lose_node(loop, kind)
+        assert loop.broken(reference, requeues=(1, 2)) == []
