@@ -32,7 +32,7 @@ def run(trials: int | None, seed: int) -> Outcome:
             with loops.Loop(write_config(dataset, root, f"run-{number}", **loops.SETTINGS)) as loop:
                 loop.wait_step(rng.randint(1, 180))
                 loops.lose_node(loop, kind)
-                broken += [f"{kind}: {one}" for one in loop.broken(reference, requeues=(1, 2))]
+                broken += [f"{kind}: {one}" for one in loop.broken(reference, requeues=loops.NODE_LOSS_REQUEUES)]
                 steps = loop.steps()
                 again.append(len(steps) - len(set(steps)))
             lab.mend()
