@@ -172,3 +172,33 @@ def test_pyxis_gets_its_options_through_srun(prepare, shim, called, tmp_path):
         f"--container-workdir={tmp_path}",
     ]
     assert words[words.index("python") :][:4] == ["python", "-m", "dsgpt", "data"]
+
+
+@pytest.mark.parametrize("site", ["pyxis", "staged", "apptainer"])
+def test_a_training_job_on_two_nodes_runs_by_each_kind_of_site(
+    site, submit, shim, called, environment, write_run, tmp_path
+):
+    """The batch script's own calls of python go the same way as the ranks."""
+    image = tmp_path / "image"
+    image.touch()
+    shim("srun", PYXIS.replace("{srun}", str(shutil.which("srun"))))
+    shim("apptainer", APPTAINER)
+    text = (
+        staged(environment, tmp_path, "/dev/shm") if site == "staged" else f"DSGPT_IMAGE={image}\n. {SITES}/{site}.sh\n"
+    )
+    (tmp_path / "site.sh").write_text(text)
+    job = submit(
+        lab.SCRIPTS / "train.sbatch", write_run(), options=["--nodes=2", "--ntasks-per-node=1"],
+        DSGPT_SITE=str(tmp_path / "site.sh"), PREFIXES=str(tmp_path / "prefixes"),
+    )  # fmt: skip
+    assert lab.wait(job, 300).state == "COMPLETED", lab.log_of(job)
+    assert "finished: step 12" in lab.log_of(job)
+    if site == "pyxis":
+        ours = [words for words in called("srun") if "python" in words]
+        modules = [words[words.index("-m") + 1] for words in ours]
+        assert modules == ["dsgpt.train.slurm_job", "dsgpt.train", "dsgpt.train.slurm_job"]
+        assert all(f"--container-image={image}" in words for words in ours)
+    elif site == "apptainer":
+        assert len(called("apptainer")) == 4  # before, two ranks, after
+    else:
+        assert any(prefix.startswith("/dev/shm/dsgpt-env-") for prefix in prefixes(tmp_path))
