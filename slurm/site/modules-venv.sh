@@ -34,20 +34,33 @@ fi
 export PATH="$DSGPT_VENV/bin:$PATH"
 DSGPT_PYTHON=("$DSGPT_VENV/bin/python")
 
-# The batch script ends some seconds after its steps: time enough to leave the nodes' disks as they were.
-dsgpt_unstage() { dsgpt_on_nodes rm -rf -- "$dsgpt_staged" "$dsgpt_staged.tar"; }
 dsgpt_on_nodes() {
     srun --export=ALL --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
         --cpus-per-task=1 "$@"
 }
+# A job that is cancelled or requeued can start nothing more: what it leaves is removed by the next one on that node.
+dsgpt_unstage() { dsgpt_on_nodes rm -rf -- "$dsgpt_staged" "$dsgpt_staged.tar" 2>/dev/null; }
+# shellcheck disable=SC2016  # expanded on the nodes. $1: the new folder, $2: jobs whose folders stay, empty if not known
+dsgpt_unpack='for old in "${1%/*}"/dsgpt-env-*; do
+    job=${old##*/dsgpt-env-} job=${job%%-*}
+    case $old in "$1"*) continue ;; esac
+    case $2 in "" | *" $job "*) continue ;; esac
+    [ ! -O "$old" ] || rm -rf -- "$old"
+done
+mkdir -m 700 -- "$1" && tar -xf "$1.tar" -C "$1" && rm -- "$1.tar" && test -x "$1/bin/python"'
 if [ -n "$DSGPT_STAGE" ] && [ -n "${SLURM_JOB_NUM_NODES:-}" ]; then
     # A name that nobody can have taken before, and a folder that nobody else can write to: code is run from it.
     dsgpt_staged=$DSGPT_STAGE_DIR/dsgpt-env-$SLURM_JOB_ID-$(date +%s)-$RANDOM$RANDOM
     trap dsgpt_unstage EXIT
     dsgpt_began=$SECONDS
-    # shellcheck disable=SC2016  # expanded on the nodes
-    if sbcast --force "$DSGPT_STAGE" "$dsgpt_staged.tar" && dsgpt_on_nodes sh -c \
-        'mkdir -m 700 -- "$1" && tar -xf "$1.tar" -C "$1" && rm -- "$1.tar" && test -x "$1/bin/python"' sh "$dsgpt_staged"; then
+    if dsgpt_jobs=$(squeue --noheader --user="$(id -un)" --states=RUNNING,COMPLETING,SUSPENDED --format=%A); then
+        dsgpt_jobs=" ${dsgpt_jobs//$'\n'/ } "
+        dsgpt_jobs=${dsgpt_jobs/ $SLURM_JOB_ID / }
+    else
+        dsgpt_jobs=""
+    fi
+    if sbcast --force "$DSGPT_STAGE" "$dsgpt_staged.tar" &&
+        dsgpt_on_nodes sh -c "$dsgpt_unpack" sh "$dsgpt_staged" "$dsgpt_jobs"; then
         echo "site: $DSGPT_STAGE is unpacked on every node ($SLURM_JOB_NUM_NODES), in $((SECONDS - dsgpt_began)) s" >&2
         DSGPT_PYTHON=("$dsgpt_staged/bin/python")
         export PATH="$dsgpt_staged/bin:$PATH"

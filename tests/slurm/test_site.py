@@ -124,12 +124,15 @@ def staged(environment: Path, tmp_path: Path, folder: str) -> str:
 
 
 def test_a_packed_environment_is_unpacked_on_every_node_and_removed_again(prepare, environment, tmp_path):
+    anywhere = ["srun", "--nodes=2", "--ntasks-per-node=1"]
+    lab.call(*anywhere, "mkdir", "-p", "/dev/shm/dsgpt-env-999999999-1-1/bin", env=lab.job_environment())
     log = prepare(staged(environment, tmp_path, "/dev/shm"), "--nodes=2", "--ntasks=2")
     assert "env.tgz is unpacked on every node (2), in " in log
     (prefix,) = prefixes(tmp_path) - {str(environment)}
     assert prefix.startswith("/dev/shm/dsgpt-env-")
-    left = lab.call("srun", "--nodes=2", "--ntasks-per-node=1", "ls", "/dev/shm", env=lab.job_environment())
+    left = lab.call(*anywhere, "ls", "/dev/shm", env=lab.job_environment())
     assert Path(prefix).name not in left
+    assert "dsgpt-env-999999999-1-1" not in left, "what a killed job left is still there"
 
 
 def test_where_staging_fails_the_job_says_so_and_goes_on(prepare, environment, tmp_path):
