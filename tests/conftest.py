@@ -7,7 +7,6 @@ are told to stay offline, so that a test that needs the network fails here and n
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -24,27 +23,37 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 if not HAS_GPU:
     os.environ["DS_ACCELERATOR"] = "cpu"
 
-# marker -> why its tests cannot run here, empty where they can
-UNAVAILABLE = {
-    "gpu": "" if HAS_GPU else "no GPU here",
-    "slurm": "" if shutil.which("sbatch") else "no sbatch on PATH",
-}
 # Imported after the environment is set; pytest finds fixtures by name in this module.
 from tests import pool  # noqa: E402
 from tests.run_fixtures import dataset, write_run  # noqa: E402, F401
+from tests.slurm.lab import why_no_slurm  # noqa: E402
+
+# marker -> says why its tests cannot run here, empty where they can; asked only where such a test was chosen
+UNAVAILABLE = {"gpu": lambda: "" if HAS_GPU else "no GPU here", "slurm": why_no_slurm}
 
 TIERS = ("slow", "slurm", "gpu", "network")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that was asked for and cannot run here is skipped with the reason."""
     for item in items:
-        for marker, reason in UNAVAILABLE.items():
-            if reason and item.get_closest_marker(marker):
+        for marker, why in UNAVAILABLE.items():
+            if item.get_closest_marker(marker) and (reason := why()):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
 _left_out: Counter[str] = Counter()
+_ran: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--must-run", action="store_true", help="fail where no test ran: all were skipped, or none chosen")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and not report.skipped:
+        _ran.append(report.nodeid)
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
@@ -52,12 +61,16 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
         _left_out[" and ".join(tier for tier in TIERS if item.get_closest_marker(tier)) or "other"] += 1
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     pool.close_all()
+    if session.config.getoption("--must-run") and not _ran:
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say what was left out by the selection, which pytest itself only counts."""
+    if config.getoption("--must-run") and not _ran:
+        terminalreporter.write_line("no test ran, and --must-run asks for one", red=True)
     tiers = {name: count for name, count in _left_out.items() if name != "other"}
     if not tiers:
         return

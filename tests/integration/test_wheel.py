@@ -41,7 +41,7 @@ def test_the_wheel_has_every_module_and_every_shipped_file(installed):
     theirs = {p.relative_to(installed / "dsgpt").as_posix() for p in (installed / "dsgpt").rglob("*") if p.is_file()}
     assert ours <= theirs
     assert {f"ds_configs/{p.name}" for p in (ROOT / "ds_configs").iterdir()} <= theirs
-    assert {f"slurm/{p.name}" for p in (ROOT / "slurm").iterdir()} <= theirs
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "slurm").rglob("*") if p.is_file()} <= theirs
 
 
 def test_the_installed_command_resolves_trains_and_exports_as_the_clone_does(installed, tmp_path, dataset, write_run):
