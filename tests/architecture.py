@@ -61,6 +61,10 @@ LIGHT = (
     "checkpoint.locate",
     "checkpoint.retention",
     "checkpoint.starts",
+    "train.cancel",
+    "train.run_logs",
+    "train.status",
+    "train.tail",
 )
 HEAVY = {
     "torch",
