@@ -7,7 +7,6 @@ are told to stay offline, so that a test that needs the network fails here and n
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -24,23 +23,23 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 if not HAS_GPU:
     os.environ["DS_ACCELERATOR"] = "cpu"
 
-# marker -> why its tests cannot run here, empty where they can
-UNAVAILABLE = {
-    "gpu": "" if HAS_GPU else "no GPU here",
-    "slurm": "" if shutil.which("sbatch") else "no sbatch on PATH",
-}
 # Imported after the environment is set; pytest finds fixtures by name in this module.
 from tests import pool  # noqa: E402
 from tests.run_fixtures import dataset, write_run  # noqa: E402, F401
+from tests.slurm.lab import why_no_slurm  # noqa: E402
+
+# marker -> says why its tests cannot run here, empty where they can; asked only where such a test was chosen
+UNAVAILABLE = {"gpu": lambda: "" if HAS_GPU else "no GPU here", "slurm": why_no_slurm}
 
 TIERS = ("slow", "slurm", "gpu", "network")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that was asked for and cannot run here is skipped with the reason."""
     for item in items:
-        for marker, reason in UNAVAILABLE.items():
-            if reason and item.get_closest_marker(marker):
+        for marker, why in UNAVAILABLE.items():
+            if item.get_closest_marker(marker) and (reason := why()):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 

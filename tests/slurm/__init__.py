@@ -1,0 +1,1 @@
+"""Jobs on a real SLURM: whichever answers `sinfo`, or the one that cluster.sh makes."""
