@@ -50,7 +50,9 @@ def submit(cluster: list[str], tmp_path: Path) -> Iterator[Callable[..., str]]:
 def own_cluster(cluster: list[str]) -> Iterator[Callable[..., str]]:
     """control("fail", "node2"), …; afterwards every node is there again."""
     if not lab.is_ours():
-        pytest.skip("this SLURM is not our own (SLURMLAB_DIR of tests/slurm/cluster.sh is not set): nothing is broken here")
+        pytest.skip(
+            "this SLURM is not our own (SLURMLAB_DIR of tests/slurm/cluster.sh is not set): nothing is broken here"
+        )
     yield lab.control
     for name in cluster:
         lab.control("start", name)

@@ -48,7 +48,9 @@ def why_no_slurm() -> str:
     if done.returncode:
         return f"sinfo: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}"
     nodes = done.stdout.split("\n")
-    return "" if _there(nodes) else f"no node of this SLURM is there: {', '.join(sorted(filter(None, nodes))) or 'none'}"
+    return (
+        "" if _there(nodes) else f"no node of this SLURM is there: {', '.join(sorted(filter(None, nodes))) or 'none'}"
+    )
 
 
 def _there(lines: Iterable[str]) -> list[str]:
