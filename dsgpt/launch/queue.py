@@ -56,9 +56,9 @@ def look(job_ids: Sequence[str]) -> list[QueuedJob] | None:
         return []
     found = []
     for start in range(0, len(base), 200):
-        # One id alone that is not known is an error to squeue, among others it is not: job 0 never exists.
-        ids = ",".join(["0", *base[start : start + 200]])
+        ids = ",".join(base[start : start + 200])
         done = _call(["squeue", "--noheader", "--states=all", f"--jobs={ids}", "--format=%i|%T|%u|%L|%N|%r"])
+        # One id alone that is not known any more is an error to squeue; among others it is not.
         if done is None or (done.returncode and "Invalid job id" not in done.stderr):
             return None
         for line in done.stdout.splitlines() if not done.returncode else []:

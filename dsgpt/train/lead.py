@@ -44,7 +44,7 @@ def signal_lead(
         if measured.save is None and limit is not None and seconds > limit / 4:
             seconds = max(1, int(limit / 4))
             note = f"a short job: it is told {seconds} s before its limit, instead of {DEFAULT_SECONDS} s"
-            measured = Lead(seconds, notes=[*measured.notes, note])
+            measured = Lead(seconds, notes=[note])
     if limit is not None and seconds >= limit:
         seen = f"told {seconds} s before the limit of {limit:.0f} s"
         problems.append(Problem("the time limit leaves nothing to train in", seen, "a longer --time"))
