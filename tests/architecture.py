@@ -63,6 +63,7 @@ LIGHT = (
     "checkpoint.starts",
     "train.cancel",
     "train.run_logs",
+    "train.runs",
     "train.status",
     "train.tail",
 )

@@ -17,9 +17,9 @@ def cancel(folder: Path, as_json: bool) -> None:
     """
     from dsgpt.cli.common import print_json
     from dsgpt.train.cancel import cancel_run
-    from dsgpt.train.status import find_runs
+    from dsgpt.train.runs import require_run
 
-    told = [line for run in find_runs(folder.absolute())[:1] for line in cancel_run(run)]
+    told = cancel_run(require_run(folder.absolute()))
     if as_json:
         print_json({"run_dir": folder.absolute(), "done": told})
     else:

@@ -19,8 +19,9 @@ import click
 def logs(folder: Path, follow: bool, lines: int, attempt: str | None, rank: int | None, stacks: bool) -> None:
     """Show the end of the logs of a run's newest start, SLURM's own among them."""
     from dsgpt.train import run_logs
+    from dsgpt.train.runs import require_run
 
-    run = folder.absolute()
+    run = require_run(folder.absolute())
     texts = run_logs.follow(run, rank, lines) if follow else run_logs.show(run, lines, attempt, rank, stacks)
     try:
         for text in texts:

@@ -19,7 +19,8 @@ def status(folder: Path, as_json: bool) -> None:
     nothing of it waits; of several runs with the code of the first that is not well.
     """
     from dsgpt.cli.common import print_json
-    from dsgpt.train.status import find_runs, read_status
+    from dsgpt.train.runs import find_runs, is_run
+    from dsgpt.train.status import read_status
 
     found = [read_status(run) for run in find_runs(folder.absolute())]
     bad = [one.exit_code for one in found if one.exit_code]
@@ -28,5 +29,6 @@ def status(folder: Path, as_json: bool) -> None:
     elif len(found) == 1:
         click.echo("\n".join(found[0].lines()))
     else:
-        click.echo("\n".join(one.line() for one in found))
+        shared = read_status(folder.absolute()).queue if is_run(folder) else []  # tasks of an array that wait
+        click.echo("\n".join([*(one.line() for one in found), *shared]))
     sys.exit(bad[0] if bad else 0)

@@ -50,7 +50,10 @@ class QueuedJob:
 
 
 def look(job_ids: Sequence[str]) -> list[QueuedJob] | None:
-    """What the queue knows of these jobs, ended ones of the last minutes included. None: it could not be asked."""
+    """What the queue knows of these jobs, ended ones of the last minutes included. None: it could not be asked.
+
+    The id of an array means all of its tasks, that of a task (12_3) only that one.
+    """
     base = sorted({one.partition("_")[0] for one in job_ids if one.partition("_")[0].isdecimal()}, key=int)
     if not base:
         return []
@@ -65,7 +68,7 @@ def look(job_ids: Sequence[str]) -> list[QueuedJob] | None:
             fields = line.strip().split("|", 5)
             if len(fields) == 6:
                 found.append(QueuedJob(*fields))
-    return found
+    return [job for job in found if job.id in job_ids or job.base_id in job_ids]
 
 
 def cancel(job_ids: Sequence[str]) -> None:

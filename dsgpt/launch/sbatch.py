@@ -39,7 +39,6 @@ _VARIABLES = {
 # What SLURM, or a launcher, told the job from which another one is submitted must not reach that one.
 _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DSGPT_ATTEMPT")
-_OF_A_JOB = ("DSGPT_LOG_DIR", "DSGPT_JOB_END_TIME", "DSGPT_REQUEUE", "DSGPT_SUBMISSION")
 
 
 def parse_nodes(text: str) -> tuple[int, int]:
@@ -139,12 +138,11 @@ def clean_environment(options: Mapping[str, str], environment: Mapping[str, str]
     """What sbatch is started with: nothing that overrules this header, nothing of a job that this process runs in."""
     overruling = {f"SBATCH_{name.upper().replace('-', '_')}" for name in options}
     overruling.update(variable for name in options for variable in _VARIABLES.get(name, ()))
+    of_a_job = ("SLURM_", "DSGPT_") if "SLURM_JOB_ID" in environment else ("SLURM_",)
     return {
         name: value
         for name, value in environment.items()
-        if name not in overruling
-        and name not in (*_OF_A_RANK, *_OF_A_JOB)
-        and not (name.startswith("SLURM_") and name not in _KEPT)
+        if name not in overruling and name not in _OF_A_RANK and (name in _KEPT or not name.startswith(of_a_job))
     }
 
 

@@ -4,7 +4,8 @@
     record(folder, Submission(job_id="1234", ...))
 
 In it: the script, the config it trains (later edits of the user's YAML change nothing), the site's shell file, and
-`submission.json`. A job that submits its own successor appends that one's id to the file `successors`, a line each.
+`submission.json`. A job that is requeued keeps its id; where a site refuses that, it submits a successor, whose id is in
+`logs/<attempt>/successor`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from dsgpt.errors import LockedError
 
-RECORD, SUCCESSORS = "submission.json", "successors"
+RECORD = "submission.json"
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,7 @@ class Submission:
     cwd: str = ""
     after: str = ""  # the job whose good end it waits for: the rehearsal
     cancelled: float = 0.0  # when `dsgpt cancel` took it back
-    successors: tuple[str, ...] = ()
     folder: Path = Path()
-
-    @property
-    def job_ids(self) -> list[str]:
-        return [self.job_id, *self.successors] if self.job_id else []
 
 
 def next_number(run_dir: Path) -> int:
@@ -70,7 +66,7 @@ def create_folder(run_dir: Path) -> Path:
 
 def record(folder: Path, submission: Submission) -> None:
     """Write submission.json whole."""
-    fields = {name: value for name, value in asdict(submission).items() if name not in ("successors", "folder")}
+    fields = {name: value for name, value in asdict(submission).items() if name != "folder"}
     tmp = folder / f".tmp-{RECORD}-{os.getpid()}"
     tmp.write_text(json.dumps(fields, indent=1) + "\n", "utf-8")
     os.replace(tmp, folder / RECORD)
@@ -92,7 +88,7 @@ def read_submissions(run_dir: Path) -> list[Submission]:
             known = {key: fields[key] for key in Submission.__dataclass_fields__ if key in fields}
             for key in ("command", "asked"):
                 known[key] = tuple(known.get(key, ()))
-            found.append(Submission(**{**known, "successors": _successors(folder), "folder": folder}))
+            found.append(Submission(**{**known, "folder": folder}))
     return found
 
 
@@ -101,9 +97,3 @@ def _numbers(folder: Path) -> Sequence[str]:
         return [name for name in os.listdir(folder) if name.isdecimal()]
     except OSError:
         return []
-
-
-def _successors(folder: Path) -> tuple[str, ...]:
-    with contextlib.suppress(OSError):
-        return tuple(word for word in (folder / SUCCESSORS).read_text("utf-8").split() if word.isdecimal())
-    return ()

@@ -20,7 +20,7 @@ from dsgpt.errors import ConfigError
 from dsgpt.launch.queue import cancel, look
 from dsgpt.launch.submission import mark_cancelled, read_submissions
 from dsgpt.lease import LEASE_SECONDS, read_holder
-from dsgpt.train.status import job_ids
+from dsgpt.train.runs import job_ids
 
 
 def cancel_run(run_dir: Path) -> list[str]:
@@ -36,12 +36,15 @@ def cancel_run(run_dir: Path) -> list[str]:
         seen = ", ".join(f"job {job.id} of {job.user}" for job in foreign)
         raise ConfigError("the run's jobs are another user's", seen=seen, do=f"ask them, or: {stop}")
     if mine:
-        # The base id takes every task of an array. Newest first: what waits for a job must not start when that one goes.
-        ids = sorted({job.base_id for job in mine}, key=int, reverse=True)
+        # What was submitted goes whole, of somebody else's array only this task. Newest first: what waits for a job must
+        # not start when that one goes.
+        submitted = {one.job_id for one in submissions}
+        found = {job.base_id if job.base_id in submitted else job.id for job in mine}
+        ids = sorted(found, key=lambda job: int(job.partition("_")[0]), reverse=True)
         # Written before: a batch script that asks why it is being ended finds it.
         now = time.time()
         for one in submissions:
-            if set(one.job_ids) & set(ids):
+            if one.job_id in ids:
                 mark_cancelled(one, now)
         cancel(ids)
         return [f"cancelled: {job}" for job in mine]

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from dsgpt.errors import ConfigError
 from dsgpt.launch.submission import read_submissions
-from dsgpt.train.status import attempts_of, read_status
+from dsgpt.train.runs import attempts_of
+from dsgpt.train.status import read_status
 from dsgpt.verdict import read_verdict
 
 _TAIL_BYTES = 1 << 20

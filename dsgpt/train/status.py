@@ -21,16 +21,16 @@ from typing import Any
 
 from dsgpt.checkpoint import starts
 from dsgpt.checkpoint.commit import MANIFEST, attempt_of, list_committed
-from dsgpt.errors import ConfigError, ExitCode
+from dsgpt.errors import ExitCode
 from dsgpt.launch.queue import QueuedJob, look
 from dsgpt.launch.submission import Submission, read_submissions
 from dsgpt.lease import LEASE_SECONDS, Owner, read_holder
+from dsgpt.train.runs import LOOK_BACK, attempts_of, job_ids, last_host, newest_log, slurm_log
 from dsgpt.train.tail import last_lines
 from dsgpt.units import format_count, format_seconds
 from dsgpt.verdict import MAX_STARTS_WITHOUT_PROGRESS, Verdict, read_verdict
 
 MAX_LINES = 15
-_LOOK_BACK = 1 << 18
 GOOD = ("running", "queued", "finished", "stopped")
 _NO_VERDICT = "no verdict: its node was lost, or it was killed"
 
@@ -87,7 +87,7 @@ class Status:
             where = f", rank {self.rank} on {self.host}" if self.rank >= 0 else f", on {self.host}" if self.host else ""
             phase = f", in {self.phase!r}" if self.phase and self.rank >= 0 else ""
             told.append(f"cause      {self.cause}{where}{phase}")
-        numbers = [self._progress()]
+        numbers = [*([self.phase] if self.state == "running" and self.phase else []), self._progress()]
         numbers += [] if self.loss is None else [f"loss {self.loss:.4f}"]
         if self.state == "running":
             numbers += [] if not self.tokens_per_second else [f"{format_count(self.tokens_per_second)} tokens/s"]
@@ -119,59 +119,6 @@ class Status:
         return [*told, *(f"           {line[:300]}" for line in message), *rest]
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, begun or only submitted."""
-    return any(
-        (folder / name).exists() for name in (starts.STARTS, "config.yaml", "checkpoints", "submissions", "logs")
-    )
-
-
-def find_runs(folder: Path) -> list[Path]:
-    """The run itself, or all runs at most three levels below. Raises ConfigError where there is none."""
-    if not folder.is_dir():
-        raise ConfigError("no such folder", seen=str(folder), do="name a run's output_dir, or a folder with several")
-    below = [folder] if is_run(folder) and not _only_shares(folder) else []
-    level = [folder]
-    for _ in range(3 if not below else 0):
-        inner = [path for one in level for path in _folders(one)]
-        below += [path for path in inner if is_run(path)]
-        level = [path for path in inner if not is_run(path)]
-    if not below and is_run(folder):
-        return [folder]  # an array that has not started
-    if not below:
-        raise ConfigError("no run here", seen=str(folder), do="name a run's output_dir, or a folder with several")
-    return sorted(below)
-
-
-def _only_shares(folder: Path) -> bool:
-    """Whether it holds only what the tasks of an array share: their submission and SLURM's logs."""
-    return not any((folder / name).exists() for name in (starts.STARTS, "config.yaml", "checkpoints"))
-
-
-def _folders(folder: Path) -> list[Path]:
-    try:
-        found = [path for path in folder.iterdir() if path.is_dir() and path.name not in ("submissions", "logs")]
-    except OSError:
-        return []
-    return [path for path in found if not (path / MANIFEST).exists() and not path.name.startswith(".")]
-
-
-def attempts_of(run_dir: Path) -> list[str]:
-    """The names of all starts, oldest first: they sort by time."""
-    logs = run_dir / "logs"
-    names = {start.attempt for start in starts.read_starts(run_dir)}
-    return sorted(names | ({path.name for path in logs.iterdir() if path.is_dir()} if logs.is_dir() else set()))
-
-
-def job_ids(run_dir: Path, submissions: Sequence[Submission]) -> list[str]:
-    """Jobs of this run: those that were submitted, the newest start's, the lease holder's."""
-    recorded = starts.read_starts(run_dir)
-    holder = read_holder(run_dir)
-    own = [recorded[-1].job] if recorded and recorded[-1].job else []
-    own += [holder[0].job] if holder and holder[0].job else []
-    return list(dict.fromkeys([*(job for one in submissions for job in one.job_ids), *own]))
-
-
 def read_status(run_dir: Path, now: float | None = None) -> Status:
     """Look at everything once."""
     now = time.time() if now is None else now
@@ -183,12 +130,15 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
     facts = replace(facts, queue=[str(job) for job in alive], queue_known=known is not None)
     attempts = attempts_of(run_dir)
     verdict = read_verdict(run_dir / "logs" / attempts[-1]) if attempts else None
-    running = _running(run_dir, alive, known is not None)
+    taken = {one.job_id for one in submissions if one.cancelled}
+    going = [job for job in alive if job.state == "COMPLETING" and job.base_id in taken]  # nothing to wait for
+    running = _running(run_dir, [job for job in alive if job not in going], known is not None)
     if running is not None:
         do = f"dsgpt logs {shlex.quote(str(run_dir))} --follow"
         job = running.job if isinstance(running, Owner) else running.id
         host = running.host if isinstance(running, Owner) else running.nodes
-        return replace(facts, state="running", exit_code=0, job=job, host=host, do=do, steps_lost=0)
+        begun = replace(facts, attempt=attempts[-1] if attempts else "", message="", phase=_stage(run_dir, attempts))
+        return replace(begun, state="running", exit_code=0, job=job, host=host, do=do, steps_lost=0)
     ended = _ended(run_dir, facts, attempts, verdict, submissions, known or [])
     waiting = [job for job in alive if job.waits]
     if waiting and ended.state not in ("finished",):
@@ -215,6 +165,21 @@ def _running(run_dir: Path, alive: Sequence[QueuedJob], queue_known: bool) -> Ow
     return active[0] if active else None
 
 
+def _stage(run_dir: Path, attempts: Sequence[str]) -> str:
+    """How far the newest start has come, where it has not taken a step yet."""
+    if not attempts or read_verdict(run_dir / "logs" / attempts[-1]) is not None:
+        return "the batch script is at work"
+    told = [line for line in last_lines(run_dir / "events.jsonl", LOOK_BACK) if line.get("attempt") == attempts[-1]]
+    if any(line.get("event") == "first_step" for line in told):
+        return ""
+    steps = last_lines(run_dir / "metrics.jsonl", LOOK_BACK)[-1:]
+    if steps and steps[0].get("attempt") == attempts[-1]:
+        return ""
+    return (
+        f"starting: {told[-1]['event'].replace('_', ' ')}" if told else "starting: the ranks are importing and meeting"
+    )
+
+
 def _facts(run_dir: Path, now: float) -> Status:
     """Progress: the newest line of the metrics that counts, and the newest commit."""
     committed = list_committed(run_dir / "checkpoints")
@@ -229,7 +194,7 @@ def _facts(run_dir: Path, now: float) -> Status:
     if rate and line.get("consumed_tokens") and step > 0 and most > 0:
         left = (most - step) * line["consumed_tokens"] / step / rate
     recorded = starts.read_starts(run_dir)
-    commits = [(number, attempt_of(path)) for number, path in committed[-starts_looked_at(recorded) :]]
+    commits = [(number, attempt_of(path)) for number, path in committed[-_newest_that_count(recorded) :]]
     failed = starts.starts_without_progress(run_dir, recorded, commits)
     return Status(
         run_dir,
@@ -248,14 +213,14 @@ def _facts(run_dir: Path, now: float) -> Status:
     )
 
 
-def starts_looked_at(recorded: Sequence[starts.Start]) -> int:
+def _newest_that_count(recorded: Sequence[starts.Start]) -> int:
     """How many of the newest commits can be of the starts that are judged; the manifests of others need not be read."""
     return 2 * MAX_STARTS_WITHOUT_PROGRESS if recorded else 1
 
 
 def _newest_metrics(run_dir: Path) -> dict[str, Any]:
     cap = None
-    for line in reversed(last_lines(run_dir / "metrics.jsonl", _LOOK_BACK)):
+    for line in reversed(last_lines(run_dir / "metrics.jsonl", LOOK_BACK)):
         if "superseded_after" in line:
             cap = line["superseded_after"] if cap is None else min(cap, line["superseded_after"])
         elif isinstance(line.get("step"), int) and (cap is None or line["step"] <= cap):
@@ -276,14 +241,14 @@ def _ended(
     cancelled = _is_cancelled(run_dir, attempts, submissions, known)
     if not attempts:
         return _never_started(facts, submissions, known, cancelled, again)
-    log = _log(run_dir, attempts[-1])
+    log = newest_log(run_dir, attempts[-1])
     facts = replace(facts, attempt=attempts[-1], log=str(log or ""))
     if verdict is None:
         states = {job.state for job in known if not (job.runs or job.waits)}
         word = next((state for state in ("NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", "FAILED") if state in states), "")
         cause = f"{_NO_VERDICT}{f' (SLURM: {word})' if word else ''}"
         state, code = ("cancelled", ExitCode.PREEMPTED) if cancelled else ("failed", ExitCode.INFRASTRUCTURE)
-        host = _last_host(run_dir)
+        host = last_host(run_dir)
         return replace(facts, state=state, exit_code=int(code), cause=cause, host=host, do=again)
     told = replace(
         facts,
@@ -310,8 +275,8 @@ def _is_cancelled(
     """Whether an operator took the run's newest job away."""
     recorded = starts.read_starts(run_dir)
     jobs = {recorded[-1].job, recorded[-1].job.partition("_")[0]} - {""} if recorded and attempts else set()
-    jobs = jobs or set(submissions[-1].job_ids if submissions else ())
-    taken = {job for one in submissions if one.cancelled for job in one.job_ids}
+    jobs = jobs or {one.job_id for one in submissions[-1:]}
+    taken = {one.job_id for one in submissions if one.cancelled}
     return bool(jobs & (taken | {job.base_id for job in known if job.state == "CANCELLED"}))
 
 
@@ -321,13 +286,14 @@ def _never_started(
     if not submissions:
         return replace(facts, state="empty", do="dsgpt train or dsgpt submit with this output_dir")
     newest = submissions[-1]
-    state = next((job.state for job in known if job.base_id in newest.job_ids), "")
+    state = next((job.state for job in known if job.base_id == newest.job_id), "")
     rehearsal = next((one for one in submissions if one.job_id == newest.after), None)
     failed = _rehearsal_verdict(rehearsal)
     if failed:
-        seen = {"cause": "its rehearsal failed", "message": failed, "exit_code": 1}
-        return replace(facts, state="failed", do=again, log=str(_slurm_log(newest, newest.after) or ""), **seen)
-    log = str(_slurm_log(newest, newest.job_id) or "")
+        log = str(slurm_log(newest, newest.after) or "")
+        cause = "its rehearsal failed"
+        return replace(facts, state="failed", exit_code=1, cause=cause, message=failed, log=log, do=again)
+    log = str(slurm_log(newest, newest.job_id) or "")
     if cancelled or state == "CANCELLED":
         cause = f"job {newest.job_id} was cancelled before it started"
         return replace(facts, state="cancelled", exit_code=int(ExitCode.PREEMPTED), cause=cause, log=log, do=again)
@@ -342,7 +308,7 @@ def _rehearsal_verdict(rehearsal: Submission | None) -> str:
     if rehearsal is None:
         return ""
     try:
-        report = json.loads((rehearsal.folder / "rehearsal" / "verdict.json").read_text("utf-8"))
+        report: dict[str, Any] = json.loads((rehearsal.folder / "rehearsal" / "verdict.json").read_text("utf-8"))
         if report["ok"]:
             return ""
         failed = [f"{one['name']}: {one['detail']}" for one in report["checks"] if one["passed"] is False]
@@ -367,21 +333,3 @@ def _again(run_dir: Path, submissions: Sequence[Submission]) -> str:
     newest = trained[-1]
     place = f"cd {shlex.quote(newest.cwd)} && " if newest.cwd and Path(newest.cwd) != Path.cwd() else ""
     return f"{place}dsgpt {shlex.join(newest.asked)}"
-
-
-def _last_host(run_dir: Path) -> str:
-    hosts = [
-        line.get("host") for line in last_lines(run_dir / "events.jsonl", _LOOK_BACK) if line.get("event") == "start"
-    ]
-    return str(hosts[-1]) if hosts else ""
-
-
-def _log(run_dir: Path, attempt: str) -> Path | None:
-    own = sorted((run_dir / "logs" / attempt).glob("*.log"))
-    slurm = sorted((run_dir / "logs").glob("slurm-*.log"), key=lambda path: path.stat().st_mtime)
-    return (own or slurm[-1:] or [None])[0]
-
-
-def _slurm_log(submission: Submission, job: str) -> Path | None:
-    logs = submission.folder.parent.parent / "logs"
-    return next(iter(sorted(logs.glob(f"slurm-{job}*.log"))), None)

@@ -20,15 +20,18 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dsgpt.config import LoadedConfig, RunConfig, load_config, shipped_folder, split_arguments, to_yaml
 from dsgpt.errors import ConfigError, DsgptError, ExitCode, Problem
 from dsgpt.launch import sbatch
+from dsgpt.launch.layout import Layout, choose_layout
 from dsgpt.launch.queue import cancel
 from dsgpt.launch.sbatch import check_extra, check_options, parse_nodes, parse_time
 from dsgpt.launch.site import Site, load_site, site_file
+from dsgpt.launch.slurm import Node
 from dsgpt.launch.submission import Submission, create_folder, next_number, record
 from dsgpt.train.changes import check_same_run
 from dsgpt.train.lead import Lead, signal_lead
@@ -38,6 +41,7 @@ from dsgpt.train.start import nothing_left
 
 TASK = "{task}"
 REHEARSAL_SECONDS = 600
+_NODES_LOOKED_AT = 64  # of a range: for the notes
 Result = TypeVar("Result")
 
 
@@ -172,7 +176,7 @@ def plan_submission(asked: Asked) -> SubmissionPlan:
     gather.finish()
     loop = {"requeue": "", "open-mode": "append", "signal": f"USR1@{lead.seconds}", "output": log or ""}
     shown = {**options, **extra, "job-name": name, **loop}
-    notes = [*loaded.warnings, *_node_notes(loaded.config, nodes, per_node), *lead.notes]
+    notes = [*loaded.warnings, *_node_notes(loaded.config, nodes, per_node, "gpus-per-node" in options), *lead.notes]
     if "time" not in options:
         notes.append("no --time: the partition's own limit counts")
     left = nothing_left(runs[-1]) if not words else ""
@@ -249,11 +253,13 @@ def _base(loaded: LoadedConfig, words: Sequence[str]) -> Path:
     return next(parent for parent in folder.parents if TASK not in str(parent))
 
 
-def nodes_that_divide(config: RunConfig, nodes: int, per_node: int) -> int:
-    """The most of `nodes` whose ranks divide the global batch; 0 where not even one node's do."""
-    total, micro = config.training.global_batch_size, config.training.micro_batch_size_per_gpu
-    each = per_node * (1 if micro == "auto" else micro)
-    return next((number for number in range(nodes, 0, -1) if total % (each * number) == 0), 0)
+def _layout(config: RunConfig, nodes: int, per_node: int, has_gpus: bool) -> Layout:
+    """What the job would make of so many nodes."""
+    micro = config.training.micro_batch_size_per_gpu
+    each = [Node(f"node{number}", per_node if has_gpus else 0, 1) for number in range(nodes)]
+    return choose_layout(
+        each, [per_node] * nodes, config.training.global_batch_size, micro if micro != "auto" else None
+    )
 
 
 def _resolve(
@@ -261,23 +267,27 @@ def _resolve(
 ) -> list[ResolvedRun]:
     """The run on the fewest and on the most nodes that it may get."""
     device = "cuda" if has_gpus and config.device != "cpu" else "cpu"
-    sizes = sorted({max(1, nodes_that_divide(config, number, per_node)) for number in nodes})
-    found = [gather(lambda size=size: resolve_run(config, world_size=size * per_node, device=device)) for size in sizes]  # type: ignore[misc]
+    sizes = sorted({_layout(config, number, per_node, has_gpus).world_size for number in nodes})
+    found = [gather(partial(resolve_run, config, world_size=size, device=device)) for size in sizes]
     runs = [run for run in found if run is not None]
     if runs:
-        gather(lambda: check_same_run(runs[0]))
+        gather(partial(check_same_run, runs[0]))
     return runs if len(runs) == len(sizes) else []
 
 
-def _node_notes(config: RunConfig, nodes: tuple[int, int], per_node: int) -> list[str]:
-    total, notes = config.training.global_batch_size, []
-    for number in range(nodes[0], min(nodes[1], nodes[0] + 64) + 1):
-        used = nodes_that_divide(config, number, per_node)
-        if used < number:
-            micro = config.training.micro_batch_size_per_gpu
-            each = f"{per_node} ranks" + ("" if micro == "auto" else f" of micro-batch {micro}")
-            notes.append(f"{number} nodes of {each} do not divide the global batch {total}: {number - used} would idle")
-    return notes[:4] + ([f"… and so for {len(notes) - 4} other numbers of nodes"] if len(notes) > 4 else [])
+def _node_notes(config: RunConfig, nodes: tuple[int, int], per_node: int, has_gpus: bool) -> list[str]:
+    """Which numbers of nodes would leave some of them idle."""
+    total, micro, notes = config.training.global_batch_size, config.training.micro_batch_size_per_gpu, []
+    of = "" if micro == "auto" else f" by {micro}"
+    for number in range(nodes[0], min(nodes[1], nodes[0] + _NODES_LOOKED_AT) + 1):
+        layout = _layout(config, number, per_node, has_gpus)
+        ranks = number * per_node
+        if layout.world_size < ranks:
+            notes.append(
+                f"{number} nodes have {ranks} ranks, which do not divide the global batch {total}{of}: "
+                f"{layout.world_size} would train, {ranks - layout.world_size} idle"
+            )
+    return notes[:4] + ([f"and so with {len(notes) - 4} other numbers of nodes"] if len(notes) > 4 else [])
 
 
 def _read(path: Path) -> str:
