@@ -83,7 +83,7 @@ class Status:
         code = f" (exit code {self.exit_code})" if self.exit_code else ""
         told = [f"{self.run_dir}: {self.state}{code}"]
         rest = []
-        if self.cause and self.state != "running":
+        if self.cause and self.state not in ("running", "finished"):
             where = f", rank {self.rank} on {self.host}" if self.rank >= 0 else f", on {self.host}" if self.host else ""
             phase = f", in {self.phase!r}" if self.phase and self.rank >= 0 else ""
             told.append(f"cause      {self.cause}{where}{phase}")
