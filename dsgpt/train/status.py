@@ -128,7 +128,7 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
     # The queue is missed only by a run that was submitted to one.
     facts = _facts(run_dir, now)
     facts = replace(facts, queue=[str(job) for job in alive], queue_known=known is not None)
-    attempts = attempts_of(run_dir)
+    attempts = _that_had_the_folder(run_dir, attempts_of(run_dir))
     verdict = read_verdict(run_dir / "logs" / attempts[-1]) if attempts else None
     taken = {one.job_id for one in submissions if one.cancelled}
     going = [job for job in alive if job.state == "COMPLETING" and job.base_id in taken]  # nothing to wait for
@@ -146,6 +146,14 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
         text = again.strip(": ") or ""
         return replace(ended, state="queued", exit_code=0, job=waiting[0].id, message=ended.message, cause=text, do="")
     return ended
+
+
+def _that_had_the_folder(run_dir: Path, attempts: list[str]) -> list[str]:
+    """Without the newest starts of other jobs that found the folder taken; where there are no others, all."""
+    left = list(attempts)
+    while left and (verdict := read_verdict(run_dir / "logs" / left[-1])) and verdict.exit_code == ExitCode.LOCKED:
+        left.pop()
+    return left or attempts
 
 
 def _running(run_dir: Path, alive: Sequence[QueuedJob], queue_known: bool) -> Owner | QueuedJob | None:

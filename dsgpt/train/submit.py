@@ -149,10 +149,9 @@ def plan_submission(asked: Asked) -> SubmissionPlan:
     array = options.get("array", "")
     words, checked = _task_words(asked.arguments, array)
     loaded = gather(lambda: load_config(*split_arguments(checked)))
-    if asked.chain > 1 and "?" in options.get("dependency", ""):
-        gather.problems.append(
-            Problem("a chain cannot wait for one of several jobs", options["dependency"], "use commas")
-        )
+    given = asked.options.get("dependency", "")
+    if "?" in given and (asked.chain > 1 or asked.rehearse):
+        gather.problems.append(Problem("a chain cannot wait for one of several jobs", given, "use commas"))
     if asked.chain > 1 and array:
         gather.problems.append(Problem("a chain of arrays", f"--chain {asked.chain} --array {array}", "one of the two"))
     base = Path()
