@@ -104,6 +104,18 @@ def _parse(text: str) -> tuple[Owner | None, bool]:
         return None, False
 
 
+def read_holder(folder: Path) -> tuple[Owner, float] | None:
+    """Who holds a folder and how many seconds ago, by the clocks of two hosts, it last said so; None where nobody does."""
+    try:
+        found = _newest(folder)
+        owner, released = _parse(found[1]) if found else (None, True)
+        if found is None or owner is None or released:
+            return None
+        return owner, time.time() - (folder / f".lease-{found[0]}").stat().st_mtime
+    except OSError:
+        return None
+
+
 def require_free(folder: Path) -> None:
     """Raise LockedError when another live process of this host holds the folder, or it cannot be written.
 

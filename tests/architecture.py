@@ -61,6 +61,11 @@ LIGHT = (
     "checkpoint.locate",
     "checkpoint.retention",
     "checkpoint.starts",
+    "train.cancel",
+    "train.run_logs",
+    "train.runs",
+    "train.status",
+    "train.tail",
 )
 HEAVY = {
     "torch",

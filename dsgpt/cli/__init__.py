@@ -25,6 +25,10 @@ VERBS = {
     "tokenizer": ("dsgpt.cli.tokenizer:tokenizer", "Train a tokenizer."),
     "data": ("dsgpt.cli.data:data", "Prepare, inspect and verify datasets."),
     "train": ("dsgpt.cli.train:train", "Train, or continue training, the run a config describes."),
+    "submit": ("dsgpt.cli.submit:submit", "Queue a run on SLURM: checked, committed, requeued and resumed by itself."),
+    "status": ("dsgpt.cli.status:status", "How a run stands, or how it ended and what to type next."),
+    "logs": ("dsgpt.cli.logs:logs", "The logs of a run's newest start."),
+    "cancel": ("dsgpt.cli.cancel:cancel", "Take a run's jobs out of the queue."),
     "verify-resume": (
         "dsgpt.cli.verify_resume:verify_resume",
         "Prove on this machine that a run that is killed and resumed is the run it was.",

@@ -109,7 +109,10 @@ def _look(plan: ResolvedRun, world: World, log: RunLog) -> tuple[list[tuple[int,
             seen=str(folder),
             do="use another run.output_dir, or remove the folder yourself",
         )
-    began_before = any(path.name != world.attempt for path in (plan.output_dir / "logs").glob("*"))
+    began_before = any(
+        path.is_dir() and path.name != world.attempt  # SLURM's own log is there before anything else
+        for path in (plan.output_dir / "logs").glob("*")
+    )
     if mode != "fresh" and world.restarts and not earlier and not began_before:
         raise CheckpointError(
             "the job was requeued, but its run folder does not know of an earlier start",

@@ -100,17 +100,24 @@ def start_run(
 ) -> JobEnd:
     """Start a run on this machine and wait for its end."""
     plan = plan_run(arguments, num_processes, debug)
-    committed = list_committed(plan.run.output_dir / "checkpoints")
-    done = bool(committed) and committed[-1][0] >= plan.run.last_step and not verify(committed[-1][1], "size")
-    if plan.run.config.resume in ("auto", "must") and done:
-        stop = "" if plan.run.last_step == plan.run.max_steps else f", run.stop_at_step is {plan.run.last_step}"
-        message = f"step {committed[-1][0]} of {plan.run.max_steps} is committed already{stop}: nothing to train"
+    message = nothing_left(plan.run)
+    if message:
         return JobEnd(0, message, plan.run.output_dir / "logs")
     if not quiet:
         for warning in plan.loaded.warnings:
             print(f"warning: {warning}", flush=True)
     end = run_job(plan.job, lambda folder, attempt: Follower(folder, attempt, quiet))
     return _judge_progress(plan.run.output_dir, end)
+
+
+def nothing_left(run: ResolvedRun) -> str:
+    """Why a start of this run would have nothing to train, or "" where it has."""
+    committed = list_committed(run.output_dir / "checkpoints")
+    done = bool(committed) and committed[-1][0] >= run.last_step and not verify(committed[-1][1], "size")
+    if run.config.resume not in ("auto", "must") or not done:
+        return ""
+    stop = "" if run.last_step == run.max_steps else f", run.stop_at_step is {run.last_step}"
+    return f"step {committed[-1][0]} of {run.max_steps} is committed already{stop}: nothing to train"
 
 
 def _judge_progress(output_dir: Path, end: JobEnd) -> JobEnd:

@@ -87,7 +87,7 @@ class Trial:
         self.folder = (output or scratch).resolve()
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ConfigError("the folder for the runs is not empty", seen=str(self.folder), do="a new folder")
-        base, pinned = _beginning(own.model.init_from)
+        base, pinned = beginning(own.model.init_from)
         again = [f"deepspeed={deepspeed}"] if deepspeed else []
         before = [*arguments, *pinned, "resume=auto", f"run.output_dir={self.folder / 'reference'}"]
         self.plan = plan_run(before, num_processes, may_hide_gpus=True).run
@@ -328,7 +328,7 @@ class Trial:
         return Check(f"the second start continued from step {self.saved}", good, detail)
 
 
-def _beginning(init_from: str) -> tuple[int, list[str]]:
+def beginning(init_from: str) -> tuple[int, list[str]]:
     """The step a run begins at, and its source named for good: RUN may commit another step while this goes on."""
     kind, _, place = init_from.partition(":")
     if kind not in ("checkpoint", "fork"):
