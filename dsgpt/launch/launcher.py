@@ -43,6 +43,7 @@ _POLL_SECONDS = 0.1
 # How long ranks on other hosts may take to notice that a host has gone, and to leave. A save may be under way.
 PEERS_SECONDS = 60.0
 _KILL_SECONDS = 3.0
+RUNNING = "running-{}"  # in the logs while the launcher of a host, by its number, lives
 ATTEMPT_FILE = "attempt"  # in the logs of a start that joined another one: that one's name
 
 
@@ -152,6 +153,8 @@ def run_job(job: Job, follower_for: Callable[[Path, str], Follower]) -> JobEnd:
             )
         with follower:
             _watch(stopper.started, follower, log_dir)
+            if job.remote is not None:
+                _await_verdict(log_dir, any(process.returncode < 0 for process in stopper.started.values()))
             follower.poll()
     codes = {name: process.returncode for name, process in stopper.started.items()}
     end = _end_of(_joined(log_dir), log_file, codes)
@@ -163,16 +166,18 @@ def run_job(job: Job, follower_for: Callable[[Path, str], Follower]) -> JobEnd:
 def _watch(started: Mapping[str, subprocess.Popen[bytes]], follower: Follower, log_dir: Path) -> None:
     """Return when all that was started has ended: a launcher can be killed alone, and its whole process group counts.
 
-    Where one host's part is gone for long and the others do not end, they are ended.
+    Where one host's part is gone for long, or the verdict is there, and the others do not end, they are ended.
     """
     alive, first_gone, told = dict(started), None, False
+    is_remote = any(process.stdin is not None for process in started.values())
     while alive:
         follower.poll()
         time.sleep(_POLL_SECONDS)
         for name, process in list(alive.items()):
             if process.poll() is not None and not group_is_alive(process.pid):
                 del alive[name]
-        if len(alive) == len(started) or not alive:
+        is_ending = len(alive) < len(started) or (is_remote and read_verdict(_joined(log_dir)) is not None)
+        if not alive or not is_ending:
             continue
         now = time.monotonic()
         first_gone = first_gone or now
@@ -186,6 +191,15 @@ def _watch(started: Mapping[str, subprocess.Popen[bytes]], follower: Follower, l
         if now - first_gone > 2 * PEERS_SECONDS:
             for process in alive.values():
                 _kill(process, signal.SIGKILL)
+
+
+def _await_verdict(log_dir: Path, was_killed: bool) -> None:
+    """What carried the job is gone, and the ranks may not be: they are told so now, and commit. Wait for what they say."""
+    until = time.monotonic() + PEERS_SECONDS
+    while read_verdict(_joined(log_dir)) is None and time.monotonic() < until:
+        if not was_killed and not list(log_dir.glob(RUNNING.format("*"))):
+            return
+        time.sleep(_POLL_SECONDS)
 
 
 def _close(process: subprocess.Popen[bytes], last: bytes = b"") -> None:

@@ -30,7 +30,7 @@ import dsgpt
 from dsgpt.errors import ConfigError, DsgptError, LockedError
 from dsgpt.launch.carried import Carried
 from dsgpt.launch.hardware import cpu_count
-from dsgpt.launch.launcher import group_is_alive
+from dsgpt.launch.launcher import RUNNING, group_is_alive
 from dsgpt.launch.openmpi import ranks
 from dsgpt.process import complain, die_with_parent
 
@@ -104,7 +104,9 @@ def _run_node(carried: Carried, node_rank: int) -> int:
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
-    kill_at = None
+    kill_at, mark = None, Path(carried.log_dir, RUNNING.format(node_rank))
+    with contextlib.suppress(OSError):
+        mark.touch()
     while process.poll() is None or group_is_alive(process.pid):
         stop.wait()
         if stop.requested and kill_at is None:
@@ -113,6 +115,8 @@ def _run_node(carried: Carried, node_rank: int) -> int:
         if stop.kill or (kill_at is not None and time.monotonic() > kill_at):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(OSError):
+        mark.unlink()
     code = process.returncode
     return code if code >= 0 else 128 - code
 

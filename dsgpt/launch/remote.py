@@ -123,8 +123,9 @@ def commands(remote: Remote, carried: Carried, log_dir: Path, environment: Mappi
 
 
 def _mpirun(remote: Remote, log_dir: Path) -> list[str]:
-    # A rank that ends with a code must not have the others killed: the verdict and their watchdogs see to them.
-    wait = ["--mca", "orte_abort_on_non_zero_status", "0", "--mca", "odls_base_sigkill_timeout", "30"]
+    # A rank that ends with a code must not have the others killed: the verdict and their watchdogs see to them. When mpirun
+    # does end ranks, it waits for so long before it sends SIGTERM, and once more before SIGKILL.
+    wait = ["--mca", "orte_abort_on_non_zero_status", "0", "--mca", "odls_base_sigkill_timeout", "6"]
     reach = ["--mca", "plm_rsh_args", " ".join(_SSH_OPTIONS), "--mca", "plm", "rsh", "--mca", "ras", "^slurm"]
     place = ["--hostfile", str(log_dir / "hostfile"), "--map-by", "slot", "--bind-to", "none", "--wdir", "/"]
     return ["mpirun", "-n", str(remote.num_ranks), *place, "--stdin", "none", "--tag-output", *wait, *reach]

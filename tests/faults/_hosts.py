@@ -107,7 +107,9 @@ class HostJob:
                 found.append(int(entry.name))
         self.words |= {word for pid in found for word in _read(str(pid), "cmdline").split(b"\0") if len(word) > 200}
         for entry in os.scandir("/proc"):
-            if entry.name.isdecimal() and self.words & set(_read(entry.name, "cmdline").replace(b" ", b"\0").split(b"\0")):
+            if entry.name.isdecimal() and self.words & set(
+                _read(entry.name, "cmdline").replace(b" ", b"\0").split(b"\0")
+            ):
                 found.append(int(entry.name))
         return sorted(set(found))
 
