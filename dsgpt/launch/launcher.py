@@ -42,6 +42,7 @@ from dsgpt.verdict import Verdict, read_verdict, record_verdict
 _POLL_SECONDS = 0.1
 # How long ranks on other hosts may take to notice that a host has gone, and to leave. A save may be under way.
 PEERS_SECONDS = 60.0
+FAILED_SECONDS = 10.0  # with a verdict that is no good end: watchdogs end the ranks in less
 _KILL_SECONDS = 3.0
 RUNNING = "running-{}"  # in the logs while the launcher of a host, by its number, lives
 ATTEMPT_FILE = "attempt"  # in the logs of a start that joined another one: that one's name
@@ -176,19 +177,22 @@ def _watch(started: Mapping[str, subprocess.Popen[bytes]], follower: Follower, l
         for name, process in list(alive.items()):
             if process.poll() is not None and not group_is_alive(process.pid):
                 del alive[name]
-        is_ending = len(alive) < len(started) or (is_remote and read_verdict(_joined(log_dir)) is not None)
-        if not alive or not is_ending:
+        verdict = read_verdict(_joined(log_dir)) if is_remote else None
+        if not alive or (len(alive) == len(started) and verdict is None):
             continue
         now = time.monotonic()
         first_gone = first_gone or now
-        if now - first_gone > PEERS_SECONDS and not told:
+        failed = verdict is not None and verdict.exit_code not in (ExitCode.DONE, ExitCode.PREEMPTED)
+        patience = FAILED_SECONDS if failed else PEERS_SECONDS
+        if now - first_gone > patience and not told:
             told = True
             gone = ", ".join(f"{name} ({started[name].returncode})" for name in started if name not in alive)
             message = f"the launcher ended on {gone}, and not on {', '.join(alive)}: stopped there"
             record_verdict(log_dir, Verdict(ExitCode.INFRASTRUCTURE, "launcher_died", message))
             for process in alive.values():
                 _close(process)
-        if now - first_gone > 2 * PEERS_SECONDS:
+                _kill(process, signal.SIGTERM)
+        if now - first_gone > 2 * patience:
             for process in alive.values():
                 _kill(process, signal.SIGKILL)
 

@@ -1,6 +1,6 @@
 """Ranks that mpirun started: what Open MPI says, in the variables that torch reads.
 
-    os.environ.update(ranks(os.environ))
+    adopt()
 
 DeepSpeed asks mpi4py for the same; the environment has it without another package. Trade-off: Open MPI says neither where
 rank 0 is nor a port, so whoever starts mpirun gives MASTER_ADDR and MASTER_PORT (`-x`).
@@ -8,6 +8,7 @@ rank 0 is nor a port, so whoever starts mpirun gives MASTER_ADDR and MASTER_PORT
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from dsgpt.errors import ConfigError
@@ -18,6 +19,11 @@ _NAMES = {
     "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
     "LOCAL_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
 }
+
+
+def adopt() -> None:
+    """`ranks` of this process, into its environment: for a rank that mpirun started without anything in between."""
+    os.environ.update(ranks(os.environ))
 
 
 def ranks(environment: Mapping[str, str]) -> dict[str, str]:
