@@ -82,11 +82,13 @@ def fake_programs(folder: Path) -> dict[str, str]:
 class HostJob:
     """One `dsgpt train --hostfile …`. Leaving the context kills what is left of it, on all hosts."""
 
-    def __init__(self, command: list[str], log: Path, **environment: str):
+    def __init__(self, command: list[str], log: Path, cwd: Path | None = None, **environment: str):
         self.mark, self.log, self.words = secrets.token_hex(8), log, set[bytes]()
         whole = {**os.environ, MARK: self.mark, **environment}
         with log.open("wb") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=whole)
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=whole, cwd=cwd
+            )
 
     def __enter__(self) -> HostJob:
         return self
