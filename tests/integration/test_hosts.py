@@ -118,7 +118,7 @@ def test_no_ssh_runs_one_part_on_each_host_with_the_verdict_of_all(dataset, host
 
 def test_torchrun_starts_the_ranks_and_passes_a_stop_on(dataset, tmp_path):
     file = write_config(dataset, tmp_path, "run", **{"training.max_steps": 100000})
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with HostJob([*torchrun, "-m", "dsgpt.train", str(file)], tmp_path / "log") as job:
         wait_for_step(tmp_path / "run", 3, job)
         job.process.send_signal(signal.SIGTERM)
