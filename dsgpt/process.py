@@ -51,7 +51,7 @@ def end_with_parent(parent: int) -> None:
 
 def rank_of_environment() -> int:
     """This process's rank as a launcher tells it, before anything else is known."""
-    text = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    text = os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("SLURM_PROCID") or "0"
     return int(text) if text.isdecimal() else 0
 
 

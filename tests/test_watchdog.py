@@ -79,15 +79,15 @@ def test_a_heartbeat_is_read_whole_while_it_is_written():
 REAPER = """
 import ctypes, signal, subprocess, sys, time, os
 ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans become ours, and we bury none
-from dsgpt.launch.launcher import _group_is_alive
+from dsgpt.launch.launcher import group_is_alive
 script = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1)'])"
 process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
 process.wait()
-print(_group_is_alive(process.pid), flush=True)
+print(group_is_alive(process.pid), flush=True)
 while os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT) is None:
     time.sleep(0.1)
 os.killpg(process.pid, 0)  # the zombie is still in the group
-print(_group_is_alive(process.pid), flush=True)
+print(group_is_alive(process.pid), flush=True)
 """
 
 

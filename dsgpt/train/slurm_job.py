@@ -19,13 +19,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dsgpt.checkpoint import starts
-from dsgpt.checkpoint.commit import attempt_of, list_committed, verify
+from dsgpt.checkpoint.commit import attempt_of, list_committed
 from dsgpt.config import RunConfig, load_config, split_arguments
 from dsgpt.errors import ConfigError, DsgptError, ExitCode
 from dsgpt.launch import slurm
 from dsgpt.launch.layout import Layout, choose_layout, write_hostfile
 from dsgpt.process import free_port, new_attempt, scheduler_job
 from dsgpt.train.resolve import resolve_run
+from dsgpt.train.start import nothing_left
 from dsgpt.verdict import MAX_STARTS_WITHOUT_PROGRESS, Verdict, read_verdict, record_verdict
 
 MAX_EXCLUDED_SHARE = 0.25
@@ -50,10 +51,8 @@ def prepare(arguments: Sequence[str], record_text: str) -> Iterator[str]:
     layout, told = layout_for(config, records, failing_hosts(config.run.output_dir))
     yield from (f"say {one_line(text)}" for text in told)
     run = resolve_run(config, world_size=layout.world_size, device="cuda" if has_gpus(layout, config) else "cpu")
-    committed = list_committed(run.output_dir / "checkpoints")
-    finished = bool(committed) and committed[-1][0] >= run.last_step and not verify(committed[-1][1], "size")
-    if finished and config.resume in ("auto", "must"):
-        yield f"say step {committed[-1][0]} of {run.max_steps} is committed already: nothing to train"
+    if left := nothing_left(run):
+        yield f"say {left}"
         yield "done"
         return
     attempt = new_attempt()

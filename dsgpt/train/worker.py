@@ -132,7 +132,9 @@ class _End:
 
 def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
     from dsgpt.config import load_config, split_arguments
+    from dsgpt.launch import openmpi
 
+    openmpi.adopt()
     loaded = load_config(*split_arguments(arguments))
 
     from dsgpt import distributed, engine
