@@ -11,5 +11,5 @@ LAUNCHER = "[2026-11-26 19:35:12,919] [INFO] [launch.py:152:main] WORLD INFO DIC
 def test_what_every_rank_says_is_said_once_and_without_the_launchers_own_lines(tmp_path):
     log = tmp_path / "host.log"
     log.write_text(LAUNCHER + REASON + REASON + LAUNCHER)
-    end = _end_of(tmp_path, log, 73)
+    end = _end_of(tmp_path, log, {"localhost": 73})
     assert (end.exit_code, end.message) == (73, REASON.strip("\n"))
