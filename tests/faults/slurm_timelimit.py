@@ -24,7 +24,7 @@ def run(trials: int | None, seed: int) -> Outcome:
         dataset = make_dataset(root / "dataset")
         reference = loops.straight(write_config(dataset, root, "straight", **settings))
         for number in range(trials):
-            options = (*loops.TWO_NODES, "--time=2", "--signal=USR1@75")
+            options = (*loops.TWO_NODES, "--time=2", "--signal=USR1@60")
             with loops.Loop(write_config(dataset, root, f"run-{number}", **settings), options) as loop:
                 loop.finish()
                 broken += loop.broken(reference, lossless=True, requeues=range(1, 20))

@@ -33,7 +33,7 @@ def reference(cluster, dataset, tmp_path_factory) -> Reference:
 def test_a_time_limit_is_met_with_a_commit_and_a_requeue_until_the_run_is_done(cluster, make):
     """The real thing: SLURM's own clock and signal."""
     expected = loops.straight(make("straight", **QUICKSTART_SIZE))
-    options = (*TWO_NODES, "--time=2", "--signal=USR1@75")
+    options = (*TWO_NODES, "--time=2", "--signal=USR1@60")
     with Loop(make("limited", **QUICKSTART_SIZE), options) as loop:
         loop.finish()
         assert loop.broken(expected, lossless=True, requeues=range(1, 10)) == []
