@@ -20,7 +20,8 @@ def name(path: Path) -> str:
 
 
 def test_the_shipped_scripts_are_those_the_design_names():
-    assert [path.name for path in SBATCH] == ["evaluate.sbatch", "prepare_data.sbatch", "train.sbatch"]
+    names = ["evaluate.sbatch", "prepare_data.sbatch", "rehearse.sbatch", "train.sbatch"]
+    assert [path.name for path in SBATCH] == names
     assert [path.name for path in SITES] == ["apptainer.sh", "conda.sh", "modules-venv.sh", "pyxis.sh"]
 
 
