@@ -24,8 +24,8 @@ from tests.slurm import lab
 
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
-# SLURM 22.05 repeats a minute later what it could not tell a lost node. Seen: the SIGTERM by which srun ended step 0 of the
-# lost attempt reached step 0 of the next one, which had the same numbers, committed and was requeued once more.
+# Seen with SLURM 22.05: about a minute after a node was lost a rank of the next start got SIGTERM, committed and was requeued
+# once more. It looks as if the end of the lost step 0 was told again to the new step 0; nothing is lost by it.
 NODE_LOSS_REQUEUES = (1, 2)
 WAIT_SECONDS = 600.0  # for a job to get there, on a machine that does other things as well
 # Dropout, accumulation, warmup, several epochs; a save now and then, and an evaluation.
