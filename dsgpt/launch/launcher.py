@@ -44,7 +44,8 @@ _POLL_SECONDS = 0.1
 _LAUNCHER_LINE = re.compile(r"\[\d{4}-[^\]]*\] \[[A-Z]+\] \[launch\.py:")
 # How long ranks on other hosts may take to notice that a host has gone, and to leave. A save may be under way.
 PEERS_SECONDS = 60.0
-FAILED_SECONDS = 10.0  # with a verdict that is no good end: watchdogs end the ranks in less
+FAILED_SECONDS = 10.0
+END_SECONDS = 40.0  # a host's part kills its ranks 30 s after it was told to stop
 _KILL_SECONDS = 3.0
 RUNNING = "running-{}"  # in the logs while the launcher of a host, by its number, lives
 ATTEMPT_FILE = "attempt"  # in the logs of a start that joined another one: that one's name
@@ -171,7 +172,7 @@ def _watch(started: Mapping[str, subprocess.Popen[bytes]], follower: Follower, l
 
     Where one host's part is gone for long, or the verdict is there, and the others do not end, they are ended.
     """
-    alive, first_gone, told = dict(started), None, False
+    alive, first_gone, told = dict(started), None, None
     is_remote = any(process.stdin is not None for process in started.values())
     while alive:
         follower.poll()
@@ -184,19 +185,25 @@ def _watch(started: Mapping[str, subprocess.Popen[bytes]], follower: Follower, l
             continue
         now = time.monotonic()
         first_gone = first_gone or now
-        failed = verdict is not None and verdict.exit_code not in (ExitCode.DONE, ExitCode.PREEMPTED)
-        patience = FAILED_SECONDS if failed else PEERS_SECONDS
-        if now - first_gone > patience and not told:
-            told = True
+        if told is None and now - first_gone > _patience(log_dir, verdict):
+            told = now
             gone = ", ".join(f"{name} ({started[name].returncode})" for name in started if name not in alive)
             message = f"the launcher ended on {gone}, and not on {', '.join(alive)}: stopped there"
-            record_verdict(log_dir, Verdict(ExitCode.INFRASTRUCTURE, "launcher_died", message))
+            record_verdict(_joined(log_dir), Verdict(ExitCode.INFRASTRUCTURE, "launcher_died", message))
             for process in alive.values():
                 _close(process)
                 _kill(process, signal.SIGTERM)
-        if now - first_gone > 2 * patience:
+        if told is not None and now - told > END_SECONDS:
             for process in alive.values():
                 _kill(process, signal.SIGKILL)
+
+
+def _patience(log_dir: Path, verdict: Verdict | None) -> float:
+    """How long those that are left may take: little where a watchdog ends them anyway, or where no rank met another yet."""
+    if verdict is None:
+        have_met = any(_joined(log_dir).glob("stacks-rank-*"))
+        return PEERS_SECONDS if have_met else FAILED_SECONDS
+    return PEERS_SECONDS if verdict.exit_code in (ExitCode.DONE, ExitCode.PREEMPTED) else FAILED_SECONDS
 
 
 def _await_verdict(log_dir: Path, was_killed: bool) -> None:
@@ -314,20 +321,31 @@ def _is_running(process: subprocess.Popen[bytes]) -> bool:
 def _end_of(log_dir: Path, log_file: Path, codes: Mapping[str, int]) -> JobEnd:
     """The cause from the verdict that ranks or watchdogs left; a launcher's own code can be any rank's, or a signal's."""
     verdict = read_verdict(log_dir)
+    strange = ", ".join(
+        f"{name} ended with {code}" for name, code in codes.items() if code and code not in list(ExitCode)
+    )
     if verdict is not None:
         of_host = log_dir / f"{verdict.host}.log"
-        return JobEnd(verdict.exit_code, verdict.message, of_host if verdict.host and of_host.exists() else log_file)
+        said = verdict.message
+        if log_file.name == "launcher.log" and verdict.exit_code == ExitCode.INFRASTRUCTURE and strange:
+            said = "\n".join([said, strange, *_tail(log_file, 5)])  # ranks know who did not come, ssh knows why
+        return JobEnd(verdict.exit_code, said, of_host if verdict.host and of_host.exists() else log_file)
     known = [code for code in codes.values() if code > 0 and code in list(ExitCode)]
     # Where one host could not start, the others only missed it.
     for code in sorted(known, key=lambda code: code == ExitCode.INFRASTRUCTURE):
         # Its ranks have said why, often all of them the same; what the launcher says of them is no part of it.
-        said = dict.fromkeys(line for line in _tail(log_file, 40) if not _LAUNCHER_LINE.match(line))
-        return JobEnd(code, "\n".join(said), log_file)
+        lines = _tail(log_file, 40) or _tail(log_dir / f"{next(iter(codes))}.log", 40)
+        return JobEnd(
+            code, "\n".join(dict.fromkeys(line for line in lines if not _LAUNCHER_LINE.match(line))), log_file
+        )
     told = f"launcher code {codes[next(iter(codes))]}"
     if len(codes) > 1 or log_file.name == "launcher.log":
-        told = ", ".join(f"{name} ended with {code}" for name, code in codes.items() if code) or "all ended with 0"
+        told = strange or "all ended with 0"
     message = f"the job ended without a verdict ({told}); the end of {log_file}:"
-    return JobEnd(ExitCode.INFRASTRUCTURE, "\n".join([message, *_tail(log_file)]), log_file)
+    hosts = [
+        line for name in codes if (log_dir / f"{name}.log") != log_file for line in _tail(log_dir / f"{name}.log", 5)
+    ]
+    return JobEnd(ExitCode.INFRASTRUCTURE, "\n".join([message, *_tail(log_file), *hosts[:40]]), log_file)
 
 
 def _tail(path: Path, lines: int = 20) -> list[str]:

@@ -33,7 +33,7 @@ PARTS = {
     "supervisor": ("-m dsgpt train", "dsgpt train"),
 }
 FAKE_SSH = """#!{python}
-import subprocess, sys, threading, os
+import os, subprocess, sys, threading, time
 words = sys.argv[1:]
 while words[0].startswith("-"):
     words = words[2:] if words[0] in ("-o", "-l", "-p") else words[1:]
@@ -47,11 +47,15 @@ def carry():
         shell.stdin.write(data)
         shell.stdin.flush()
     shell.stdin.close()
+def leave():  # as sshd does, whatever still holds the output
+    code = shell.wait()
+    time.sleep(0.5)
+    os._exit(code if code >= 0 else 255)
 threading.Thread(target=carry, daemon=True).start()
+threading.Thread(target=leave, daemon=True).start()
 while data := os.read(shell.stdout.fileno(), 4096):
     os.write(1, data)
-code = shell.wait()
-os._exit(code if code >= 0 else 255)
+time.sleep(60)
 """
 FAKE_PDSH = """#!{python}
 import subprocess, sys

@@ -108,7 +108,10 @@ holder() { # DIR NAME: the process that holds a host's namespaces, while it live
 init_of() { # DIR NAME: the host's first process, as seen from here
     local pid
     pid=$(holder "$1" "$2") || return 1
-    pgrep -P "$pid" | head -n 1
+    pid=$(pgrep -P "$pid" | head -n 1)
+    # The holder is unshare, or a shell that waits for it: bash does not always leave out the process in between.
+    if [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = unshare ]; then pid=$(pgrep -P "$pid" | head -n 1); fi
+    echo "$pid"
 }
 in_network() { # DIR NAME COMMAND…
     local pid

@@ -34,7 +34,8 @@ def start(own_cluster, cluster, dataset, tmp_path):
     def one(launcher: str, *overrides: str) -> HostJob:
         if shutil.which(PROGRAMS[launcher]) is None or shutil.which("sshd", path="/usr/sbin:/usr/bin") is None:
             pytest.skip(f"{PROGRAMS[launcher]} or sshd is not installed")
-        words = ["train", "run.yaml", "run.name=\"$(touch X) 'é\\n%n", "run.output_dir=o u t", *overrides]
+        name = json.dumps("q\"$(touch X)`touch X` 'é\n%n")
+        words = ["train", "run.yaml", f"run.name={name}", "run.output_dir=o u t", *overrides]
         words += ["--hostfile", str(tmp_path / "hosts"), "--launcher", launcher]
         command = ["bash", str(lab.CLUSTER), "exec", "-H", cluster[0], "--", sys.executable, "-m", "dsgpt", *words]
         environment = {name: text for name, text in lab.job_environment().items() if name != "DSGPT_FAULTS_JOB"}
