@@ -150,6 +150,8 @@ def _look(plan: ResolvedRun, world: World, log: RunLog) -> tuple[list[tuple[int,
 
 
 def _last_verdict(folder: Path, earlier: list[starts.Start]) -> str:
+    if not earlier:  # they died before they could be recorded, or somebody removed the record
+        return "their logs folders have no verdict of another kind"
     verdict = read_verdict(folder / "logs" / earlier[-1].attempt)
     return f"attempt {earlier[-1].attempt}: {verdict.message if verdict else 'ended without a verdict'}"
 
