@@ -17,7 +17,7 @@ from typing import Any
 from dsgpt.config import flatten
 from dsgpt.data.foreign import base_folder, is_foreign
 from dsgpt.distributed import World
-from dsgpt.errors import ConfigError, DataError, DsgptError, ExitCode, PeerError, Problem
+from dsgpt.errors import ConfigError, DataError, DsgptError, ExitCode, LockedError, PeerError, Problem
 from dsgpt.nodes import NodesReport, compare_nodes, digest, refuse_together, require_equal
 from dsgpt.process import batch_phases, new_attempt, process_age
 from dsgpt.train.resolve import ResolvedRun
@@ -112,11 +112,16 @@ def require_shared_folder(world: World, folder: Path, seconds: float = FOLDER_SE
     Another mount at the same path, or a stale view, would show only when the first checkpoint is incomplete.
     """
     token = world.broadcast_object(new_attempt())
-    file, trouble = folder / ".shared", ""
-    try:
-        if world.is_main:
+    file, trouble, refused = folder / ".shared", "", None
+    if world.is_main:
+        try:
             file.write_text(token, "utf-8")
-        elif world.local_rank == 0:
+        except OSError as error:
+            do = "free space, or choose another run.output_dir"
+            refused = LockedError("the run folder cannot be written", str(error), do)
+    world.require_folder(refused)
+    try:
+        if world.local_rank == 0 and not world.is_main:
             trouble = _see(file, token, seconds)
             if not trouble:
                 own = folder / f".shared-{world.rank}"

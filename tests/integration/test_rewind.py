@@ -12,6 +12,7 @@ from dsgpt.checkpoint import commit
 from dsgpt.checkpoint.diff import compare
 from dsgpt.checkpoint.starts import read_starts
 from dsgpt.errors import DsgptError, Preempted
+from dsgpt.process import StopRequest
 from dsgpt.train.state import read_metrics
 from tests.integration.test_resume import StopAt, hashes, metrics, train_here
 from tests.pool import ranks
@@ -161,14 +162,12 @@ def test_a_requeued_job_whose_folder_is_gone_does_not_start_again_at_step_0(writ
     assert len(events(tmp_path / "gone", "nothing_committed")) == 1
 
 
-class StopFile:
+class StopFile(StopRequest):
     """Touches a control file after so many steps, on one rank; never asks by itself."""
 
     def __init__(self, folder, name, after):
-        self.folder, self.name, self.left, self.requested = folder, name, after, ""
-
-    def watch(self, path):
-        pass
+        super().__init__()
+        self.folder, self.name, self.left = folder, name, after
 
     def poll(self):
         self.left -= 1

@@ -111,7 +111,7 @@ main(sys.argv[1:])
 """
 
 
-def start_as_srun_does(yaml, folder):
+def start_as_srun_does(yaml, folder, code=RANK, **environment):
     """Two ranks with the variables of a step; SIGTERM and SIGKILL to the others are srun's part, and not played here."""
     log_dir = folder / "run/logs/20260101-000000-aaaa"
     log_dir.mkdir(parents=True)
@@ -124,8 +124,10 @@ def start_as_srun_does(yaml, folder):
             "DSGPT_ATTEMPT": log_dir.name, "DSGPT_LOG_DIR": str(log_dir),
         }  # fmt: skip
         log = (folder / f"rank-{rank}.log").open("wb")
-        command = [sys.executable, "-c", RANK, str(yaml)]
-        process = subprocess.Popen(command, env={**os.environ, **told}, stdout=log, stderr=subprocess.STDOUT)
+        command = [sys.executable, "-c", code, str(yaml)]
+        process = subprocess.Popen(
+            command, env={**os.environ, **told, **environment}, stdout=log, stderr=subprocess.STDOUT
+        )
         started.append((process, told["MASTER_PORT"]))
     return [process for process, _ in started], log_dir
 
@@ -135,9 +137,7 @@ def test_under_srun_all_ranks_leave_with_0_after_the_slowest_while_the_verdict_s
     yaml = write_run(**{"training.max_steps": 10_000, "checkpoint.asynchronous": True})
     processes, log_dir = start_as_srun_does(yaml, tmp_path)
     metrics = tmp_path / "run/metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_bytes().splitlines()) > 3):
-        assert all(process.poll() is None for process in processes), (tmp_path / "rank-0.log").read_text()[-2000:]
-        time.sleep(0.1)
+    wait_for_lines(metrics, 3, processes, tmp_path)
     processes[1].send_signal(signal.SIGUSR2)
     ended = {}
     while len(ended) < 2:
@@ -158,3 +158,80 @@ def test_an_error_of_all_ranks_before_they_meet_is_told_in_the_verdict(write_run
     processes, log_dir = start_as_srun_does(write_run(**{"training.global_batch_size": 15}), tmp_path)
     assert {process.wait(120) for process in processes} == {78}
     assert read_verdict(log_dir).exit_code == 78
+
+
+def wait_for_lines(metrics, number, processes, folder):
+    while not (metrics.exists() and len(metrics.read_bytes().splitlines()) > number):
+        assert all(process.poll() is None for process in processes), (folder / "rank-0.log").read_text()[-2000:]
+        time.sleep(0.1)
+
+
+SLOW_SAVE = """
+import sys, time
+from dsgpt.checkpoint.saver import Saver
+from dsgpt.train.worker import main
+begin = Saver.begin
+def slow(self, manifest, *rest, **more):
+    if manifest["step"] > 2:
+        time.sleep(120)
+    return begin(self, manifest, *rest, **more)
+Saver.begin = slow
+main(sys.argv[1:])
+"""
+
+
+def test_a_grace_shorter_than_the_save_costs_only_what_came_after_the_last_commit(write_run, tmp_path):
+    """T603: SIGTERM, 3 s, SIGKILL, while a save takes 120 s. A token in the environment is in no file of the run (T918)."""
+    yaml = write_run(**{"training.max_steps": 6, "checkpoint.save_interval": 2})
+    secret = {"HF_TOKEN": "hf_canary_of_a_token", "WANDB_API_KEY": "canary_of_a_key"}
+    processes, _ = start_as_srun_does(yaml, tmp_path, SLOW_SAVE, **secret)
+    wait_for_lines(tmp_path / "run/metrics.jsonl", 3, processes, tmp_path)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    time.sleep(3)
+    assert [process.poll() for process in processes] == [None, None], "they are saving"
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*")) == ["step-00000002"]
+
+    assert {end["code"] for end in ranks(2).run(train, yaml, [], "next")} == {0}
+    assert [event["step"] for event in events(tmp_path / "run", "resumed")] == [2]
+    held = [path for path in tmp_path.rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
+    assert held == []
+
+
+def train_until(world, yaml, seconds, attempt):
+    """One start in a job that ends in so many seconds, as the batch script tells it."""
+    end = int(time.time()) + seconds
+    os.environ.update(DSGPT_JOB_END_TIME=str(end), DSGPT_JOB_SECONDS="40")
+    try:
+        return train(world, yaml, [], attempt) | {"job_ends": end}
+    finally:
+        del os.environ["DSGPT_JOB_END_TIME"], os.environ["DSGPT_JOB_SECONDS"]
+
+
+def test_the_end_of_the_job_is_met_with_a_commit_without_any_signal(write_run, tmp_path):
+    """T608: rank 0 looks at the clock; a tenth of the job's time is left for leaving."""
+    yaml = write_run(**{"training.max_steps": 100_000})
+    ends = ranks(2).run(train_until, yaml, 10, "a", timeout=60)
+    assert [end["code"] for end in ends] == [75, 75] and "the time limit" in ends[0]["text"]
+    committed = events(tmp_path / "run", "committed")[-1]
+    assert committed["step"] == losses(tmp_path / "run")[-1][0] and committed["time"] < ends[0]["job_ends"]
+
+
+def test_another_dtype_on_resume_carries_the_fp32_state_to_the_bit_and_is_told(write_run, tmp_path):
+    """T507: masters and moments are fp32 in every checkpoint, so nothing is lost, and nothing has to be refused."""
+    from dsgpt.checkpoint.diff import compare
+
+    stop = {"training.max_steps": 6, "run.stop_at_step": 3}
+    assert {end["code"] for end in ranks(2).run(train, write_run(**stop), [], "a")} == {0}
+    step = tmp_path / "run/checkpoints/step-00000003"
+    fork = write_run("fork", **stop, **{"model.init_from": f"fork:{tmp_path / 'run'}@3", "training.dtype": "bf16"})
+    ends = ranks(2).run(train, fork, [], "b")
+    assert {end["code"] for end in ends} == {0}, ends[0]["text"]
+    assert not compare(step, tmp_path / "fork/checkpoints/step-00000003").tensors
+    told = ranks(2).run(train, write_run(**{"training.max_steps": 6}), ["training.dtype=bf16"], "c")
+    assert {end["code"] for end in told} == {0}
+    changed = " ".join(event["text"] for event in events(tmp_path / "run", "config_changed"))
+    assert "training.dtype" in changed
