@@ -214,7 +214,7 @@ def train_until(world, yaml, seconds, attempt):
 def test_the_end_of_the_job_is_met_with_a_commit_without_any_signal(write_run, tmp_path):
     """T608: rank 0 looks at the clock; a tenth of the job's time is left for leaving."""
     yaml = write_run(**{"training.max_steps": 100_000})
-    ends = ranks(2).run(train_until, yaml, 10, "a", timeout=60)
+    ends = ranks(2).run(train_until, yaml, 20, "a", timeout=60)
     assert [end["code"] for end in ends] == [75, 75] and "the time limit" in ends[0]["text"]
     committed = events(tmp_path / "run", "committed")[-1]
     assert committed["step"] == losses(tmp_path / "run")[-1][0] and committed["time"] < ends[0]["job_ends"]
