@@ -32,7 +32,7 @@ def test_every_row_has_a_test_that_exists_or_a_reason():
     assert [(row, text) for row, text in where.items() if missing_tests(text)] == []
     commands = {"protocol", "kill", "storage", "corruption", "controls", "hostile", "topology"}
     commands |= {"slurm_timelimit", "slurm_signals", "slurm_nodeloss"}
-    commands |= {"hostile_names", "hosts_killed", "kill_moving"}
+    commands |= {"hostile_names", "hosts_killed", "kill_moving", "submit_names"}
     for row, text in where.items():
         named = re.findall(r"`python -m tests\.faults (\w+)`", text)
         assert set(named) <= commands, row

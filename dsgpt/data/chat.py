@@ -38,6 +38,8 @@ from dsgpt.data.choices import Choices, Progress, Share, Unfinished
 from dsgpt.data.finish import missing_parts, write_dataset
 from dsgpt.data.indexed import mask_path
 from dsgpt.data.manifest import (
+    STATE,
+    TOKENIZER,
     DatasetManifest,
     EngineRecord,
     Shard,
@@ -45,7 +47,7 @@ from dsgpt.data.manifest import (
     write_durably,
 )
 from dsgpt.data.packing import open_chat
-from dsgpt.data.parts import STATE, TOKENIZER, TRAIN, VALIDATION, Part, PartRecord, bad_lines_path, record_path
+from dsgpt.data.parts import TRAIN, VALIDATION, Part, PartRecord, bad_lines_path, record_path
 from dsgpt.data.plan import Plan, adopt_plan
 from dsgpt.data.prepare import already_there, kept, locked, plan_sources, run_parts
 from dsgpt.data.sources import BadLine, Piece, find_sources, read_records

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dsgpt.data import manifest as manifests
-from dsgpt.data.manifest import BadLines, DatasetManifest, SourceFile, Split, TokenizerRecord
-from dsgpt.data.parts import STATE, TOKENIZER, TRAIN, VALIDATION, PartRecord, bad_lines_path, load_record
+from dsgpt.data.manifest import STATE, TOKENIZER, BadLines, DatasetManifest, SourceFile, Split, TokenizerRecord
+from dsgpt.data.parts import TRAIN, VALIDATION, PartRecord, bad_lines_path, load_record
 from dsgpt.data.plan import Plan, current_engine, hashes_of, load_plan
 from dsgpt.errors import DataError
 

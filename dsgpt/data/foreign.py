@@ -23,6 +23,8 @@ from dsgpt.data.indexed import HEADER_BYTES, bin_path, idx_path, parse_header
 from dsgpt.data.manifest import (
     FILE_NAME,
     FORMAT_VERSION,
+    STATE,
+    TOKENIZER,
     BadLines,
     DatasetManifest,
     Shard,
@@ -51,8 +53,6 @@ def is_foreign(manifest: DatasetManifest) -> bool:
 
 def _prefixes(path: Path) -> list[Path]:
     """What `path` names that is not dsgpt's: one prefix, or those in a folder; none where dataset.json has the word."""
-    from dsgpt.data.parts import STATE, TOKENIZER  # brings the tokenizers along, which planning does not need
-
     if path.is_dir():
         # A folder of dsgpt that is not finished, or not copied whole, holds such files too: not all, or validation data.
         if any((path / name).exists() for name in (FILE_NAME, STATE, TOKENIZER)):

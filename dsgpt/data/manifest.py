@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from dsgpt.errors import DataError
 
 FILE_NAME = "dataset.json"
+STATE, TOKENIZER = ".prepare", "tokenizer"  # folders beside it: of an unfinished preparation, and what made the ids
 FORMAT_VERSION = 1
 EMPTY_HASH = hashlib.sha256().hexdigest()
 

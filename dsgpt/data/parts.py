@@ -14,12 +14,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from dsgpt.data.filters import Filters
-from dsgpt.data.manifest import Shard
+from dsgpt.data.manifest import STATE, Shard
 from dsgpt.data.sources import Documents, Piece, Reading, can_be_cut
 from dsgpt.errors import DataError
 
-STATE = ".prepare"
-TOKENIZER = "tokenizer"
 TRAIN, VALIDATION = "train", "validation"
 _MAX_PARTS = 1024
 

@@ -26,8 +26,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dsgpt.data import manifest as manifests
 from dsgpt.data.duplicates import hashes_path
 from dsgpt.data.indexed import dtype_for, hash_file
-from dsgpt.data.manifest import EngineRecord
-from dsgpt.data.parts import STATE, TOKENIZER, Part, PartRecord, Source, changed, load_record, plan_parts
+from dsgpt.data.manifest import STATE, TOKENIZER, EngineRecord
+from dsgpt.data.parts import Part, PartRecord, Source, changed, load_record, plan_parts
 from dsgpt.errors import DataError
 from dsgpt.process import write_once
 from dsgpt.tokenizer.tokenizer import Tokenizer

@@ -33,8 +33,8 @@ from dsgpt.data.duplicates import duplicates_path, find_duplicates, hashes_path
 from dsgpt.data.finish import missing_parts, write_dataset
 from dsgpt.data.forecast import Forecast, forecast
 from dsgpt.data.indexed import hash_file
-from dsgpt.data.manifest import DatasetManifest, EngineRecord
-from dsgpt.data.parts import STATE, TOKENIZER, Part, PartRecord, Settings, Source, load_record
+from dsgpt.data.manifest import STATE, TOKENIZER, DatasetManifest, EngineRecord
+from dsgpt.data.parts import Part, PartRecord, Settings, Source, load_record
 from dsgpt.data.plan import Plan, adopt_plan, current_engine, describe, description, fall_back, refuse_other
 from dsgpt.data.sources import HUB, extent_of, find_sources
 from dsgpt.data.tokenize_part import Job, Mismatch, engine_for, hash_part, load_encoder, tokenize_part

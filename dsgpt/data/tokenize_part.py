@@ -27,19 +27,8 @@ import numpy as np
 from dsgpt.data.duplicates import hash_of, hash_of_chunks, read_duplicates, write_hashes
 from dsgpt.data.filters import Filters
 from dsgpt.data.indexed import IndexedWriter, hash_file
-from dsgpt.data.manifest import EngineRecord, Shard, write_durably
-from dsgpt.data.parts import (
-    STATE,
-    TOKENIZER,
-    TRAIN,
-    VALIDATION,
-    Part,
-    PartRecord,
-    Settings,
-    bad_lines_path,
-    changed,
-    record_path,
-)
+from dsgpt.data.manifest import STATE, TOKENIZER, EngineRecord, Shard, write_durably
+from dsgpt.data.parts import TRAIN, VALIDATION, Part, PartRecord, Settings, bad_lines_path, changed, record_path
 from dsgpt.data.sources import BadLine, Document, LargeDocument, Piece, first_line_of, read_documents
 from dsgpt.data.workers import count
 from dsgpt.errors import DataError

@@ -125,6 +125,16 @@ def resolve_run(
     return ResolvedRun(config, model, deepspeed, data, world_size, device, max_steps, notes)
 
 
+def nothing_left(run: ResolvedRun) -> str:
+    """Why a start of this run would have nothing to train, or "" where it has."""
+    committed = commit.list_committed(run.output_dir / "checkpoints")
+    done = bool(committed) and committed[-1][0] >= run.last_step and not commit.verify(committed[-1][1], "size")
+    if run.config.resume not in ("auto", "must") or not done:
+        return ""
+    stop = "" if run.last_step == run.max_steps else f", run.stop_at_step is {run.last_step}"
+    return f"step {committed[-1][0]} of {run.max_steps} is committed already{stop}: nothing to train"
+
+
 def _check_ranks(config: RunConfig, world_size: int) -> None:
     """A run that continues keeps its global batch, so the number of ranks must divide it."""
     if config.resume == "fresh" or not commit.list_committed(config.run.output_dir / "checkpoints"):

@@ -25,8 +25,7 @@ from dsgpt.errors import ConfigError, DsgptError, ExitCode
 from dsgpt.launch import slurm
 from dsgpt.launch.layout import Layout, choose_layout, write_hostfile
 from dsgpt.process import free_port, new_attempt, scheduler_job
-from dsgpt.train.resolve import resolve_run
-from dsgpt.train.start import nothing_left
+from dsgpt.train.resolve import nothing_left, resolve_run
 from dsgpt.verdict import MAX_STARTS_WITHOUT_PROGRESS, Verdict, read_verdict, record_verdict
 
 MAX_EXCLUDED_SHARE = 0.25

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsgpt.checkpoint import starts
-from dsgpt.checkpoint.commit import attempt_of, list_committed, verify
+from dsgpt.checkpoint.commit import attempt_of, list_committed
 from dsgpt.config import LoadedConfig, load_config, split_arguments, to_yaml
 from dsgpt.errors import ConfigError, ExitCode
 from dsgpt.launch.follow import Follower
@@ -24,7 +24,7 @@ from dsgpt.launch.hardware import Hardware, detect
 from dsgpt.launch.launcher import Job, JobEnd, launch_commands, run_job
 from dsgpt.launch.remote import Remote
 from dsgpt.train.changes import check_same_run
-from dsgpt.train.resolve import ResolvedRun, resolve_run
+from dsgpt.train.resolve import ResolvedRun, nothing_left, resolve_run
 from dsgpt.verdict import MAX_STARTS_WITHOUT_PROGRESS
 
 CPU_RANKS = 2
@@ -142,16 +142,6 @@ def start_run(
             print(f"warning: {warning}", flush=True)
     end = run_job(plan.job, lambda folder, attempt: Follower(folder, attempt, quiet))
     return _judge_progress(plan.run.output_dir, end)
-
-
-def nothing_left(run: ResolvedRun) -> str:
-    """Why a start of this run would have nothing to train, or "" where it has."""
-    committed = list_committed(run.output_dir / "checkpoints")
-    done = bool(committed) and committed[-1][0] >= run.last_step and not verify(committed[-1][1], "size")
-    if run.config.resume not in ("auto", "must") or not done:
-        return ""
-    stop = "" if run.last_step == run.max_steps else f", run.stop_at_step is {run.last_step}"
-    return f"step {committed[-1][0]} of {run.max_steps} is committed already{stop}: nothing to train"
 
 
 def _judge_progress(output_dir: Path, end: JobEnd) -> JobEnd:

@@ -227,7 +227,8 @@ def _newest_that_count(recorded: Sequence[starts.Start]) -> int:
 
 
 def _newest_metrics(run_dir: Path) -> dict[str, Any]:
-    cap = None
+    cap: int | None = None
+    line: dict[str, Any]
     for line in reversed(last_lines(run_dir / "metrics.jsonl", LOOK_BACK)):
         if "superseded_after" in line:
             cap = line["superseded_after"] if cap is None else min(cap, line["superseded_after"])

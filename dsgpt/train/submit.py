@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dsgpt.config import LoadedConfig, RunConfig, load_config, shipped_folder, split_arguments, to_yaml
 from dsgpt.errors import ConfigError, DsgptError, ExitCode, Problem
@@ -35,9 +35,10 @@ from dsgpt.launch.slurm import Node
 from dsgpt.launch.submission import Submission, create_folder, next_number, record
 from dsgpt.train.changes import check_same_run
 from dsgpt.train.lead import Lead, signal_lead
-from dsgpt.train.rehearsal import Rehearsal, plan_rehearsal
-from dsgpt.train.resolve import ResolvedRun, resolve_run
-from dsgpt.train.start import nothing_left
+from dsgpt.train.resolve import ResolvedRun, nothing_left, resolve_run
+
+if TYPE_CHECKING:
+    from dsgpt.train.rehearsal import Rehearsal
 
 TASK = "{task}"
 REHEARSAL_SECONDS = 600
@@ -171,6 +172,8 @@ def plan_submission(asked: Asked) -> SubmissionPlan:
     log = gather(lambda: sbatch.log_pattern(str(base / "logs"), f"slurm-{'%A_%a' if array else '%j'}.log"))
     rehearsal = None
     if asked.rehearse and runs:
+        from dsgpt.train.rehearsal import plan_rehearsal  # most jobs have none, and submitting is to be quick
+
         rehearsal = gather(lambda: plan_rehearsal(loaded, runs[0]))
     gather.finish()
     loop = {"requeue": "", "open-mode": "append", "signal": f"USR1@{lead.seconds}", "output": log or ""}
@@ -306,7 +309,7 @@ def queue(plan: SubmissionPlan) -> list[Submission]:
             waits_for = done[0].job_id if plan.rehearsal and index else ""
             submission = _queue_one(plan, kind, after)
             done.append(replace(submission, after=waits_for))
-            undo.callback(lambda job=submission.job_id: cancel([job]))
+            undo.callback(cancel, [submission.job_id])
             record(submission.folder, done[-1])
         undo.pop_all()
     return done
