@@ -42,9 +42,7 @@ def run(trials: int | None, seed: int) -> Outcome:
         heavy = {line.rpartition("|")[2].strip() for line in told.splitlines()} & {"torch", "deepspeed", "transformers"}
         rows = [
             _row("dsgpt submit --dry-run", seconds[1:], 0.8),
-            Row(
-                "processor time of one", round(used, 3), "s", note="what it takes on a machine with nothing else to do"
-            ),
+            Row("processor time of one", round(used, 3), "s", note="without waiting for a processor or a disk"),
             Row("torch, deepspeed, transformers imported", len(heavy), at_most=0),
             Row("files written", sum(1 for _ in (folder / "run").rglob("*")), at_most=0, note="below run.output_dir"),
             Row("load average before", load, note=f"{os.cpu_count()} CPUs; others at work make every figure worse"),
