@@ -37,7 +37,7 @@ def test_every_process_of_a_killed_job_is_gone(tmp_path):
         job.kill()
         # The shell is killed, or says that the child it waited for was.
         assert alive(job) == [] and job.poll() in (-9, 137)
-    assert (tmp_path / "log").read_text() == "started\n"
+    assert (tmp_path / "log").read_text().startswith("started\n"), "a shell may add that a child was killed"
 
 
 @pytest.mark.parametrize(
