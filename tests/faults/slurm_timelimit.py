@@ -18,14 +18,18 @@ from tests.slurm import lab, loops
 
 def run(trials: int | None, seed: int) -> Outcome:
     trials, broken, requeues, stopped = trials or 5, [], [], 0
-    settings = {**loops.SETTINGS, **loops.QUICKSTART_SIZE, "run.seed": seed}
     with tempfile.TemporaryDirectory(prefix="dsgpt-limit-") as name, lab.own_cluster():
         root = Path(name)
         dataset = make_dataset(root / "dataset")
-        reference = loops.straight(write_config(dataset, root, "straight", **settings))
+
+        def make(run: str, **more: object) -> Path:
+            return write_config(dataset, root, run, **{**loops.SETTINGS, **more})
+
+        settings = loops.cut_by_a_limit(make, **{"run.seed": seed})
+        reference = loops.straight(make("straight", **settings))
         for number in range(trials):
             options = (*loops.TWO_NODES, "--time=2", "--signal=USR1@60")
-            with loops.Loop(write_config(dataset, root, f"run-{number}", **settings), options) as loop:
+            with loops.Loop(make(f"run-{number}", **settings), options) as loop:
                 loop.finish()
                 broken += loop.broken(reference, lossless=True, requeues=range(1, 20))
                 codes = [one.exit_code if one else None for one in loop.verdicts()]

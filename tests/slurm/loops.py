@@ -36,13 +36,14 @@ SETTINGS = {
     "checkpoint.keep_last": 2,
     "logging.eval_interval": 70,
 }
-# Of the quickstart's size, and long enough to be cut by a limit of two minutes.
+# Of the quickstart's size; how many steps a limit of two minutes cuts is measured.
+PROBE_STEPS, CUT_SECONDS = 60, 100.0
 QUICKSTART_SIZE = {
     "model.hidden_size": 128,
     "model.num_hidden_layers": 4,
     "training.global_batch_size": 64,
-    "training.max_steps": 250,
-    "checkpoint.save_interval": 1000,
+    "training.max_steps": PROBE_STEPS,
+    "checkpoint.save_interval": 100_000,
 }
 
 
@@ -122,6 +123,12 @@ def straight(yaml: Path, options: Iterable[str] = TWO_NODES) -> Reference:
             raise AssertionError(f"the undisturbed job: {ended}\n{lab.log_of(loop.job)}")
         first = next(line for line in lines_of(loop.folder / "metrics.jsonl") if "step" in line)
         return Reference.of(loop.folder, first["time"] - began)
+
+
+def cut_by_a_limit(make: Callable[..., Path], **more: object) -> dict[str, object]:
+    """Settings of a run that trains for CUT_SECONDS on this machine, as steps of one of the same size tell."""
+    probe = straight(make("probe", **{**QUICKSTART_SIZE, **more}))
+    return {**QUICKSTART_SIZE, **more, "training.max_steps": max(PROBE_STEPS, int(CUT_SECONDS / probe.step_seconds))}
 
 
 # ---- ways to ask for a stop ------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from tests.faults._jobs import Reference, newest_commit
 from tests.run_fixtures import write_config
 from tests.slurm import lab, loops
-from tests.slurm.loops import QUICKSTART_SIZE, SETTINGS, SIGNALS, TWO_BY_TWO, TWO_NODES, Loop
+from tests.slurm.loops import SETTINGS, SIGNALS, TWO_BY_TWO, TWO_NODES, Loop
 
 pytestmark = pytest.mark.slurm
 IN_CI = ("USR1 to the shell", "TERM to one rank")
@@ -32,9 +32,10 @@ def reference(cluster, dataset, tmp_path_factory) -> Reference:
 
 def test_a_time_limit_is_met_with_a_commit_and_a_requeue_until_the_run_is_done(cluster, make):
     """The real thing: SLURM's own clock and signal."""
-    expected = loops.straight(make("straight", **QUICKSTART_SIZE))
+    settings = loops.cut_by_a_limit(make)
+    expected = loops.straight(make("straight", **settings))
     options = (*TWO_NODES, "--time=2", "--signal=USR1@60")
-    with Loop(make("limited", **QUICKSTART_SIZE), options) as loop:
+    with Loop(make("limited", **settings), options) as loop:
         loop.finish()
         assert loop.broken(expected, lossless=True, requeues=range(1, 10)) == []
         assert {one.exit_code for one in loop.verdicts()[:-1]} == {75}
