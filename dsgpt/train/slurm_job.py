@@ -66,9 +66,10 @@ def prepare(arguments: Sequence[str], record_text: str) -> Iterator[str]:
     yield f"DSGPT_ATTEMPT={attempt}"
     yield f"DSGPT_LOG_DIR={log_dir}"
     yield f"MASTER_PORT={free_port()}"
-    if record and (end := slurm.end_time(record)):
+    if end := slurm.end_time(record):
+        began = (record.start_time if record else None) or time.time()
         yield f"DSGPT_JOB_END_TIME={end:.0f}"
-        yield f"DSGPT_JOB_SECONDS={end - (record.start_time or time.time()):.0f}"
+        yield f"DSGPT_JOB_SECONDS={end - began:.0f}"
     if layout.idle_gpus:
         yield f"{slurm.IDLE_GPUS}=1"
     if not layout.is_uniform:
