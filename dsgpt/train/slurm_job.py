@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dsgpt.checkpoint import starts
@@ -26,11 +27,12 @@ from dsgpt.launch import slurm
 from dsgpt.launch.layout import Layout, choose_layout, write_hostfile
 from dsgpt.process import free_port, new_attempt, scheduler_job
 from dsgpt.train.resolve import nothing_left, resolve_run
-from dsgpt.verdict import MAX_STARTS_WITHOUT_PROGRESS, Verdict, read_verdict, record_verdict
+from dsgpt.verdict import MAX_STARTS_WITHOUT_PROGRESS, Verdict, amend_verdict, read_verdict, record_verdict
 
 MAX_EXCLUDED_SHARE = 0.25
 FAILURES_TO_EXCLUDE = 2
 FAILURES_COUNT_FOR_SECONDS = 7 * 86400.0  # a node is repaired one day
+_TASK_ENDED = re.compile(rb"srun: error: ([\w.-]+): tasks? (\d+)[\d,-]*: (?!Terminated)")
 SHOWN_CAUSES = ("rank_died", "hang", "infrastructure")
 
 
@@ -62,6 +64,7 @@ def prepare(arguments: Sequence[str], record_text: str) -> Iterator[str]:
     job, restarts = scheduler_job()
     hosts = [node.host for node in layout.nodes]
     told_job = {"job": job, "restarts": restarts, "hosts": hosts, "ranks": list(layout.ranks), "time": time.time()}
+    told_job["log_bytes"] = log_bytes(record)
     (log_dir / "job.json").write_text(json.dumps(told_job) + "\n", "utf-8")
     yield f"DSGPT_ATTEMPT={attempt}"
     yield f"DSGPT_LOG_DIR={log_dir}"
@@ -137,9 +140,10 @@ def decide(log_dir: Path, record_text: str, signals: Sequence[str]) -> Iterator[
     """Lines `say TEXT`, `exclude HOSTS`, `sbatch --option` (of a successor), and last `requeue` or `end CODE`."""
     run_dir = log_dir.parent.parent
     before = set(failing_hosts(run_dir))
-    verdict = read_verdict(log_dir) or record_verdict(log_dir, _without_verdict(run_dir, log_dir.name))
-    yield f"say {one_line(verdict.message or 'finished')}"
     record = one_record(record_text)
+    verdict = read_verdict(log_dir) or record_verdict(log_dir, _without_verdict(log_dir))
+    verdict = with_first_failed(verdict, log_dir, record)
+    yield f"say {one_line(verdict.message or 'finished')}"
     over = why_over(record, signals)
     if not verdict.requeue or over or slurm.get("DSGPT_REQUEUE") == "no":
         if over and verdict.requeue:
@@ -170,8 +174,9 @@ def why_over(record: slurm.JobRecord | None, signals: Sequence[str]) -> str:
     return f"the job was cancelled, or SLURM ended it ({record.state}, reason {reason})"
 
 
-def _without_verdict(run_dir: Path, attempt: str) -> Verdict:
+def _without_verdict(log_dir: Path) -> Verdict:
     """No rank lived to say how the job ended. Three of these without a new commit are no progress (93)."""
+    run_dir, attempt = log_dir.parent.parent, log_dir.name
     commits = [(step, attempt_of(path)) for step, path in list_committed(run_dir / "checkpoints")]
     failed = starts.starts_without_progress(run_dir, starts.read_starts(run_dir), commits, but=attempt)
     committed_here = any(made_by == attempt for _, made_by in commits)
@@ -181,6 +186,42 @@ def _without_verdict(run_dir: Path, attempt: str) -> Verdict:
         int(ExitCode.INFRASTRUCTURE), "no_verdict", message, last_committed=last, committed_here=committed_here
     )
     return verdict.after(min(failed, MAX_STARTS_WITHOUT_PROGRESS))
+
+
+def with_first_failed(verdict: Verdict, log_dir: Path, record: slurm.JobRecord | None) -> Verdict:
+    """Name the rank that failed first, where the verdict cannot: SLURM can end a dead rank's watchdog before it writes."""
+    if verdict.rank >= 0 or verdict.cause not in ("no_verdict", "infrastructure"):
+        return verdict
+    if not (found := first_failed_task(log_dir, record)):
+        return verdict
+    rank, host = found
+    told = f"{verdict.message}; srun saw rank {rank} on {host} end first"
+    return amend_verdict(log_dir, replace(verdict, cause="rank_died", rank=rank, host=host, message=told))
+
+
+def log_bytes(record: slurm.JobRecord | None) -> int:
+    """Size of the job's log so far: all its starts write into one."""
+    try:
+        return Path(record.fields["StdOut"]).stat().st_size if record else 0
+    except (OSError, KeyError):
+        return 0
+
+
+def first_failed_task(log_dir: Path, record: slurm.JobRecord | None) -> tuple[int, str] | None:
+    """(rank, host) that srun itself saw end first in this start, from the job's log; None where it cannot be read.
+
+    A rank's own lines carry its number (srun --label), so that none of them can pass for one of srun's.
+    """
+    try:
+        began = json.loads((log_dir / "job.json").read_text("utf-8"))["log_bytes"]
+        with Path(record.fields["StdOut"] if record else "").open("rb") as file:
+            file.seek(began)
+            for line in file:
+                if match := _TASK_ENDED.match(line):
+                    return int(match[2]), match[1].decode()
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # another file system, or inside a container: the host stays unknown
+    return None
 
 
 # field of the record -> sbatch's option; "(null)" and "N/A" are left out

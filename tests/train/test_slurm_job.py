@@ -121,6 +121,25 @@ def test_three_ends_without_a_verdict_and_a_commit_are_no_progress(job, tmp_path
     assert read_verdict(logs / "20260101-000000-aaaa").cause == "no_verdict"
 
 
+def test_where_no_rank_lived_to_tell_srun_has_seen_who_ended_first(job, tmp_path, write_run, monkeypatch):
+    """T614: SLURM can end a dead rank's watchdog before it has written. The lines are those of SLURM 22.05."""
+    log = tmp_path / "job.log"
+    record = RUNNING.replace("/home/a b/out.log", str(log))
+    log.write_text("srun: error: node1: task 0: Killed\n", "utf-8")  # of an earlier start
+    log_dir = Path(value(prepare(write_run(), record=record), "DSGPT_LOG_DIR"))
+    with log.open("a", encoding="utf-8") as file:
+        file.write(
+            "0: srun: error: node9: task 9: Killed\n"  # what a rank prints
+            "srun: error: node2: task 1: Killed\n"
+            "srun: launch/slurm: _step_signal: Terminating StepId=12.0\n"
+            "srun: error: node1: task 0: Terminated\n"
+        )
+    record_verdict(log_dir, Verdict(76, "infrastructure", "rank 0 lost a peer"))
+    assert list(slurm_job.decide(log_dir, record, []))[-1] == "requeue"
+    verdict = read_verdict(log_dir)
+    assert (verdict.cause, verdict.rank, verdict.host) == ("rank_died", 1, "node2")
+
+
 def test_a_host_that_fails_first_twice_is_excluded_and_most_are_not(job, tmp_path, write_run):
     """T614."""
     write = {"rank": 1, "host": "node2"}
