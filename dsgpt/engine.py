@@ -64,8 +64,16 @@ def init_distributed(world: World) -> None:
     )
 
 
-def construct(build: Callable[[], nn.Module], deepspeed_config: Mapping[str, Any]) -> nn.Module:
-    """Build the model; under ZeRO-3 every layer is partitioned as soon as it is constructed."""
+def construct(
+    build: Callable[[], nn.Module],
+    deepspeed_config: Mapping[str, Any],
+    constants: Callable[[], Mapping[str, Tensor]] | None = None,
+) -> nn.Module:
+    """Build the model; under ZeRO-3 every layer is partitioned as soon as it is constructed.
+
+    ZeRO-3 makes buffers in 16 bits with the rest. That is exact of the zeros and ones that running statistics start with;
+    `constants` gives the values of those for which it is not.
+    """
     context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
         context = deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_config))
@@ -73,10 +81,22 @@ def construct(build: Callable[[], nn.Module], deepspeed_config: Mapping[str, Any
         module = build()
     for buffer in module.buffers():
         if buffer.is_floating_point():
-            buffer.data = (
-                buffer.data.float()
-            )  # ZeRO-3 makes running statistics in bf16 with the rest; 0 and 1 are exact
+            buffer.data = buffer.data.float()
+    if constants is not None and not isinstance(context, contextlib.nullcontext):
+        buffers = dict(module.named_buffers())
+        for name, value in constants().items():
+            buffers[name].data = value.to(buffers[name].device)
     return module
+
+
+def give_values(module: nn.Module) -> None:
+    """Values to rehearse with, for a model that was built without any: its own are read into it later."""
+    for name, parameter in module.named_parameters():
+        values = getattr(parameter, "ds_tensor", parameter).data
+        if len(getattr(parameter, "ds_shape", parameter.shape)) > 1:
+            values.normal_(std=0.02)
+        else:
+            values.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 class Engine(PartitionedState):
@@ -90,7 +110,7 @@ class Engine(PartitionedState):
         for module in model.modules():
             if isinstance(module, BatchNorm):
                 module.sum_over_ranks = world.sum_in_place
-        buffer_types = {name: buffer.dtype for name, buffer in model.named_buffers()}
+        exact = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._engine, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=dict(deepspeed_config), dist_init_required=False
         )
@@ -103,7 +123,7 @@ class Engine(PartitionedState):
         self._parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
         for name, buffer in self.module.named_buffers():
-            buffer.data = buffer.data.to(buffer_types[name])  # DeepSpeed casts running statistics to bf16 with the rest
+            buffer.data = exact[name].to(buffer.device)  # DeepSpeed casts them to 16 bits with the rest
         self._buffers_before = self._copy_buffers()
         self._whole_masters = {}
 
@@ -251,3 +271,9 @@ class Engine(PartitionedState):
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self._parameters.items()
+
+    def close(self) -> None:
+        """Give the memory back; the engine cannot be used any more."""
+        self._engine.destroy()
+        del self._engine, self._optimizer, self.module
+        self._parameters, self._frozen, self._buffers_before, self._whole_masters = {}, {}, {}, {}

@@ -25,7 +25,7 @@ from dsgpt.data.mixture import open_samples
 from dsgpt.distributed import World
 from dsgpt.errors import DataError
 from dsgpt.model.functional import IGNORE_INDEX
-from dsgpt.model.gpt import GPT, PADDING
+from dsgpt.model.gpt import PADDING
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
@@ -122,7 +122,7 @@ def _rank_batches(
 
 
 def evaluate_dataset(
-    model: GPT, tokenizer: Tokenizer, folder: Path, split: str, limit: int | None = None, micro_batch: int = 8
+    model: Any, tokenizer: Tokenizer, folder: Path, split: str, limit: int | None = None, micro_batch: int = 8
 ) -> Evaluation:
     """One split of a prepared dataset, in samples of the model's context, on one device.
 
@@ -145,7 +145,7 @@ def evaluate_dataset(
 
 
 @torch.no_grad()
-def evaluate_texts(model: GPT, tokenizer: Tokenizer, texts: Iterable[str], micro_batch: int = 8) -> Evaluation:
+def evaluate_texts(model: Any, tokenizer: Tokenizer, texts: Iterable[str], micro_batch: int = 8) -> Evaluation:
     """Every token of every text, each text one document, in windows of the model's context."""
     context = model.config.max_position_embeddings
     model.eval()

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from dsgpt.model.gpt import GPT, KeyValueCache
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
 
@@ -27,17 +27,17 @@ class Sampling:
 
 
 @torch.no_grad()
-def generate_ids(model: GPT, prompt: list[int], sampling: Sampling, eos_id: int | None) -> Iterator[int]:
+def generate_ids(model: Any, prompt: list[int], sampling: Sampling, eos_id: int | None) -> Iterator[int]:
     """Yield new token ids until EOS or `max_new_tokens`. The oldest tokens leave the context when it is full."""
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(sampling.seed)
     context = model.config.max_position_embeddings
-    ids, cache = list(prompt), KeyValueCache()
+    ids, cache = list(prompt), model.new_cache()
     feed = ids[-context:]
     for _ in range(sampling.max_new_tokens):
         if cache.length + len(feed) > context:
             # Positions are absolute in the cache: start over with the newer half of the context.
-            cache, feed = KeyValueCache(), ids[-max(1, context // 2) :]
+            cache, feed = model.new_cache(), ids[-max(1, context // 2) :]
         logits = model(torch.tensor([feed], device=device), cache=cache)[0, -1].float()
         token = _sample(logits, sampling, generator)
         if token == eos_id:
@@ -56,7 +56,7 @@ def _sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator
     return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
 
 
-def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> tuple[str, int]:
+def generate_text(model: Any, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> tuple[str, int]:
     """The continuation of `prompt` as text, and how many tokens it took."""
     ids = ([tokenizer.bos_id] if tokenizer.bos_id is not None else []) + list(tokenizer.encode(prompt))
     if not ids:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from dsgpt.config.fine_tuning import Trained
 from dsgpt.config.schema import OptimizerSection
 
 
@@ -42,26 +44,32 @@ def learning_rate(config: OptimizerSection, step: int, max_steps: int) -> float:
     return low + (peak - low) * (1 - progress) ** power
 
 
-def build_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.Optimizer:
-    """AdamW or SGD over two groups: matrices and embeddings decay, biases and norm weights do not.
+def build_optimizer(
+    model: nn.Module, config: OptimizerSection, plan: Mapping[str, Trained | None] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW or SGD over groups of trained parameters: matrices and embeddings decay, biases and norm weights do not.
 
-    The split is by name and shape under ZeRO-3 too, where a partitioned parameter keeps its shape in `ds_shape`.
+    The split is by name and shape under ZeRO-3 too, where a partitioned parameter keeps its shape in `ds_shape`. `plan`
+    further divides by the factor on the learning rate (the group's learning_rate_scale), and by when training of a
+    parameter began, because the optimizer counts the steps of a group.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    plain = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
-        if params
+    groups: dict[tuple[int, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained = (plan or {}).get(name) or Trained(0, 1.0)
+            is_vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
+            groups.setdefault((trained.stage, -trained.scale, is_vector), []).append(parameter)
+    described = [
+        {"params": params, "weight_decay": 0.0 if is_vector else config.weight_decay, "learning_rate_scale": -scale}
+        for (_, scale, is_vector), params in sorted(groups.items(), key=lambda entry: entry[0])
     ]
     _keep_compiler_out()
     optimizer: torch.optim.Optimizer
     if config.name == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+        optimizer = torch.optim.SGD(described, lr=config.learning_rate, momentum=config.momentum)
     else:
         betas = tuple(config.betas)
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
+        optimizer = torch.optim.AdamW(described, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
     plain_step = inspect.unwrap(type(optimizer).step)
     optimizer.step = torch.no_grad()(functools.partial(plain_step, optimizer))
     return optimizer

@@ -113,10 +113,15 @@ class PartitionedState:
         Not DeepSpeed's get_hp_fragment(kind): with several parameter groups it links optimizer states after the first
         group's step, when the other groups have none yet, and never again.
         """
-        group, offset = self._place(fragment)
-        flat = self._whole_master(fragment.name) if self.stage == 0 else self._flat_partitions()[group]
+        offset, flat = self._place(fragment)[1], self._master(fragment)
         whole = flat if kind == MASTER else self._torch_optimizer.state[flat][kind]
         return whole.data.view(-1).narrow(0, offset, fragment.numel)
+
+    def _master(self, fragment: Fragment) -> Tensor:
+        """The tensor that the optimizer knows: a whole parameter at stage 0, else a flat partition of many."""
+        if self.stage == 0:
+            return self._whole_master(fragment.name)
+        return self._flat_partitions()[self._place(fragment)[0]]
 
     @contextlib.contextmanager
     def _in_memory(self, group: int, write: bool = False) -> Iterator[bool]:
@@ -144,11 +149,18 @@ class PartitionedState:
         """Whether optimizer state and step are in host memory or on NVMe."""
         return any(getattr(self._optimizer, name, False) for name in ("offload_optimizer", "cpu_offload"))
 
-    def load(self, source: Callable[[Fragment, str], Tensor], kinds: tuple[str, ...], optimizer_steps: int) -> None:
+    def load(
+        self,
+        source: Callable[[Fragment, str], Tensor],
+        kinds: tuple[str, ...],
+        optimizer_steps: int,
+        late: Mapping[str, int] | None = None,
+    ) -> None:
         """Fill this rank's fragments from `source(fragment, kind)`, then refresh the working copies on all ranks.
 
-        Frozen parameters come with the masters. Must follow `rehearse`, which creates the optimizer's state. Raises the
-        source's error, on all ranks where one had a DamagedError.
+        Frozen parameters come with the masters. `late` says how many steps the optimizer has taken of parameters whose
+        training began later, which lie in groups of their own. Must follow `rehearse`, which creates the optimizer's
+        state. Raises the source's error, on all ranks where one had a DamagedError.
         """
         if self.stage == 3:
             self._optimizer._partition_all_parameters()  # before frozen ones are filled: it may write them back
@@ -167,6 +179,10 @@ class PartitionedState:
         for state in self._torch_optimizer.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"].fill_(optimizer_steps)
+        for fragment in self.fragments() if late else ():
+            flat = self._master(fragment)
+            if fragment.name in late and torch.is_tensor(self._torch_optimizer.state[flat].get("step")):
+                self._torch_optimizer.state[flat]["step"].fill_(late[fragment.name])
         self._refresh_working_copies()
 
     def _agree_on(self, error: DsgptError | None) -> None:
@@ -204,8 +220,16 @@ class PartitionedState:
         return parameter.data.view(-1).narrow(0, fragment.start, fragment.numel)
 
     def buffers(self) -> dict[str, Tensor]:
-        """What the model carries beside its parameters (running statistics); the same on every rank."""
-        return dict(self.module.named_buffers())
+        """What the model carries beside its parameters (running statistics); the same on every rank.
+
+        Not what it computes anew whenever it is built.
+        """
+        computed = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in self.module.named_modules()
+            for name in module._non_persistent_buffers_set
+        }
+        return {name: value for name, value in self.module.named_buffers() if name not in computed}
 
     def _copy_buffers(self) -> dict[str, Tensor]:
         return {name: buffer.clone() for name, buffer in self.buffers().items()}

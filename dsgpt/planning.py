@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from dsgpt.config import ModelConfig, RunConfig, zero_kind
+from dsgpt.config import HFModelConfig, ModelConfig, RunConfig, zero_kind
 from dsgpt.errors import ConfigError
 from dsgpt.units import format_bytes
 
@@ -29,7 +29,9 @@ Policy = Literal["none", "selective", "full"]
 
 
 def parameter_count(model: ModelConfig) -> int:
-    """Trained parameters, exactly; a tied head counts once."""
+    """Parameters, exactly; a tied head counts once."""
+    if isinstance(model, HFModelConfig):
+        return model.num_parameters
     return _embedding_parameters(model) + model.num_hidden_layers * _layer_parameters(model) + _norm_parameters(model)
 
 

@@ -15,17 +15,18 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dsgpt.checkpoint import commit
+from dsgpt.checkpoint.plain import PlainWeights
 from dsgpt.checkpoint.reader import CheckpointReader
 from dsgpt.checkpoint.weights import ModelLocation, load_model, require_intact
-from dsgpt.config import ModelConfig
+from dsgpt.config import HFModelConfig, ModelConfig, parse_model
 from dsgpt.errors import CheckpointError
-from dsgpt.model.gpt import GPT
 from dsgpt.model.hf_format import hf_config, to_hf
 from dsgpt.planning import parameter_count
 from dsgpt.process import give_default_mode
@@ -59,7 +60,7 @@ def export_checkpoint(location: ModelLocation, output: Path, check: bool = True)
         raise CheckpointError("the output exists", seen=str(output), do="choose another --output, or remove it")
     require_intact(location.path)
     reader = CheckpointReader(location.path)
-    config = ModelConfig.model_validate(reader.manifest["model"])
+    config = parse_model(reader.manifest["model"])
     architecture = config.export_format
     tokenizer = Tokenizer.load(location.tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,11 @@ def export_checkpoint(location: ModelLocation, output: Path, check: bool = True)
     tmp.mkdir()
     try:
         _write_tensors(reader, config, tmp)
-        settings = hf_config(config, tokenizer.bos_id, tokenizer.eos_id)
+        if isinstance(config, HFModelConfig):
+            settings = {**config.hf, "vocab_size": config.vocab_size, "dtype": "float32"}
+            settings.pop("torch_dtype", None)
+        else:
+            settings = hf_config(config, tokenizer.bos_id, tokenizer.eos_id)
         (tmp / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         (tmp / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
@@ -84,10 +89,10 @@ def export_checkpoint(location: ModelLocation, output: Path, check: bool = True)
     return ExportReport(output, architecture, reader_name, parameter_count(config), difference, std)
 
 
-def _native(reader: CheckpointReader) -> Iterator[tuple[str, Tensor]]:
-    for name in (*reader.parameters, *reader.frozen):
-        yield name, reader.tensor(name)
-    yield from reader.buffers().items()
+def _as_they_are(weights: PlainWeights) -> Iterator[tuple[str, Tensor]]:
+    for name in weights.shapes:
+        yield name, weights.tensor(name)
+    yield from weights.reader.buffers().items()
 
 
 def _write_tensors(reader: CheckpointReader, config: ModelConfig, folder: Path) -> None:
@@ -103,7 +108,8 @@ def _write_tensors(reader: CheckpointReader, config: ModelConfig, folder: Path) 
         shards.append(list(held))
         held, held_bytes = {}, 0
 
-    for name, tensor in _native(reader) if config.export_format == "dsgpt" else to_hf(config, reader.tensor):
+    weights, own = PlainWeights(reader), config.export_format in ("dsgpt", "transformers")
+    for name, tensor in _as_they_are(weights) if own else to_hf(config, weights.tensor):
         if held and held_bytes + tensor.nbytes > SHARD_BYTES:
             flush()
         held[name] = tensor
@@ -134,7 +140,7 @@ def _reference(folder: Path, architecture: str) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def _compare(model: GPT, reference: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+def _compare(model: Any, reference: Callable[[Tensor], Tensor]) -> tuple[float, float]:
     """Largest difference of logits between our model and the export, and our logits' spread."""
     generator = torch.Generator().manual_seed(0)
     length = min(64, model.config.max_position_embeddings)

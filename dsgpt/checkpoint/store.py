@@ -11,28 +11,32 @@ parameters are read whole by every rank, because every rank holds them whole.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dsgpt.checkpoint import commit
-from dsgpt.checkpoint.reader import CheckpointReader
+from dsgpt.checkpoint.reader import MASTER, CheckpointReader
 from dsgpt.distributed import World
 from dsgpt.engine import Engine
 from dsgpt.errors import CheckpointError, DamagedError
+from dsgpt.partitioned import Fragment
 
 VISIBLE_SECONDS = 30.0
 
 
-def load_state(engine: Engine, reader: CheckpointReader) -> None:
+def load_state(engine: Engine, reader: CheckpointReader, late: Mapping[str, int] | None = None) -> list[str]:
     """Restore masters, moments and the optimizer's step count from a checkpoint, in place.
 
-    Raises CheckpointError when its parameters are not the model's, before anything is changed.
+    Returns the names of what is trained now and was frozen there: its moments begin at zero. What is frozen now and was
+    trained there keeps its value. `late` as in `Engine.load`. Raises CheckpointError when its parameters are not the
+    model's, before anything is changed.
     """
-    ours: dict[str, object] = dict(engine.parameter_shapes())
-    ours |= {name: ("frozen", *shape) for name, (shape, _) in engine.frozen_shapes().items()}
-    theirs = reader.parameters | {name: ("frozen", *shape) for name, shape in reader.frozen.items()}
+    ours: dict[str, tuple[int, ...]] = dict(engine.parameter_shapes())
+    ours |= {name: shape for name, (shape, _) in engine.frozen_shapes().items()}
+    theirs = reader.parameters | reader.frozen
     if ours != theirs:
         names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         seen = "; ".join(f"{n}: checkpoint {theirs.get(n, 'none')}, model {ours.get(n, 'none')}" for n in names[:5])
@@ -53,12 +57,16 @@ def load_state(engine: Engine, reader: CheckpointReader) -> None:
         seen = f"checkpoint: {', '.join(buffers) or 'none'}; model: {', '.join(engine.buffers()) or 'none'}"
         raise CheckpointError("the checkpoint's running statistics are not the model's", seen=seen)
     values = _read_buffers(reader, engine.world)
-    engine.load(
-        lambda fragment, kind: reader.read(fragment.name, kind, fragment.start, fragment.numel),
-        engine.state_kinds,
-        reader.manifest["counters"]["optimizer_steps"],
-    )
+    thawed = {name for name in engine.parameter_shapes() if name in reader.frozen}
+
+    def read(fragment: Fragment, kind: str) -> Tensor:
+        if kind != MASTER and fragment.name in thawed:
+            return torch.zeros(fragment.numel)
+        return reader.read(fragment.name, kind, fragment.start, fragment.numel)
+
+    engine.load(read, engine.state_kinds, reader.manifest["counters"]["optimizer_steps"], late)
     engine.load_buffers(values)
+    return sorted(thawed)
 
 
 def _read_buffers(reader: CheckpointReader, world: World) -> dict[str, Tensor]:

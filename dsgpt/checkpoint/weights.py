@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsgpt.checkpoint import commit
 from dsgpt.checkpoint.locate import locate_checkpoint, split_step
+from dsgpt.checkpoint.plain import PlainWeights
 from dsgpt.checkpoint.reader import CheckpointReader
-from dsgpt.config import ModelConfig
+from dsgpt.config import HFModelConfig, ModelConfig, parse_model
 from dsgpt.errors import CheckpointError, Problem
-from dsgpt.model.gpt import GPT
-from dsgpt.model.hf_import import read_hf_config, read_hf_weights
+from dsgpt.model.build import build_model
+from dsgpt.model.hf_import import _read_files, read_architecture, read_hf_weights
 
 if TYPE_CHECKING:
     from dsgpt.partitioned import Fragment
@@ -58,7 +59,7 @@ def require_intact(checkpoint: Path) -> None:
         )
 
 
-def load_model(location: ModelLocation, device: str = "cpu", trust: bool = False) -> GPT:
+def load_model(location: ModelLocation, device: str = "cpu", trust: bool = False) -> nn.Module:
     """The model in fp32 on one device, in evaluation mode, its checkpoint verified first.
 
     `trust` allows a Hugging Face folder's pytorch_model.bin, which may execute code.
@@ -66,19 +67,24 @@ def load_model(location: ModelLocation, device: str = "cpu", trust: bool = False
     if location.is_checkpoint:
         require_intact(location.path)
         reader = CheckpointReader(location.path)
-        config = ModelConfig.model_validate(reader.manifest["model"])
-        tensors = reader.weights() | reader.buffers()
+        config, weights = parse_model(reader.manifest["model"]), PlainWeights(reader)
+        tensors = {name: weights.tensor(name) for name in weights.shapes} | reader.buffers()
     else:
-        config = read_hf_config(location.path)
-        tensors = read_hf_weights(location.path, config, trust)
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device=device)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return model.eval()
+        config = read_architecture(location.path)
+        tensors = read_weights(location.path, config, trust)
+    if isinstance(config, HFModelConfig):
+        model = build_model(config)
+    else:
+        with torch.device("meta"):
+            model = build_model(config)
+        model.to_empty(device=device)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.embed_tokens.weight
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, value in tensors.items():
+            named[name].copy_(value)
+    return model.to(device).eval()
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,22 @@ class InitialWeights:
 
 
 def checkpoint_weights(checkpoint: Path) -> InitialWeights:
-    """Those of a verified checkpoint."""
+    """Those of a verified checkpoint; what adapters there add is in the matrices."""
     reader = CheckpointReader(checkpoint)
-    return InitialWeights(lambda f, kind: reader.read(f.name, kind, f.start, f.numel), reader.buffers())
+    weights = PlainWeights(reader)
+    return InitialWeights(lambda f, kind: weights.read(f.name, f.start, f.numel), reader.buffers())
 
 
 def hf_weights(folder: Path, config: ModelConfig, trust: bool = False) -> InitialWeights:
     """Those of a Hugging Face folder, of the given architecture; `trust` as in `load_model`."""
-    tensors = read_hf_weights(folder, config, trust)
+    tensors = read_weights(folder, config, trust)
     return InitialWeights(lambda f, kind: tensors[f.name].flatten()[f.start :][: f.numel].float(), tensors)
+
+
+def read_weights(folder: Path, config: ModelConfig, trust: bool = False) -> dict[str, Tensor]:
+    if isinstance(config, HFModelConfig):
+        from dsgpt.model.hf import names_in_folder
+
+        files = _read_files(Path(folder), trust)
+        return {name: files[theirs] for name, theirs in names_in_folder(config, files).items()}
+    return read_hf_weights(folder, config, trust)

@@ -8,14 +8,14 @@ one method, `ModelSection.resolved`, that turns the first into the second.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from dsgpt.config.fields import Bool, Count, Real, Section
 from dsgpt.errors import ConfigError
 
-ExportFormat = Literal["llama", "qwen3", "gpt2", "dsgpt"]
+ExportFormat = Literal["llama", "qwen3", "gpt2", "dsgpt", "transformers"]
 
 
 def described_folder(place: Path) -> Path | None:
@@ -79,6 +79,26 @@ class ModelConfig(_Architecture):
         return "dsgpt"
 
 
+class HFModelConfig(ModelConfig):
+    """An architecture that transformers implements and the native GPT does not.
+
+    `hf` is its config.json, from which the model is built; the other fields say its sizes as far as they have one, for
+    estimates and reports.
+    """
+
+    hf: dict[str, Any]
+    num_parameters: Count
+
+    @property
+    def export_format(self) -> ExportFormat:
+        return "transformers"
+
+
+def parse_model(fields: dict[str, Any]) -> ModelConfig:
+    """The architecture that a manifest records. Raises pydantic's ValidationError."""
+    return (HFModelConfig if "hf" in fields else ModelConfig).model_validate(fields)
+
+
 class ModelSection(_Architecture):
     """Where the weights come from, and the shape when they start from scratch."""
 
@@ -86,6 +106,10 @@ class ModelSection(_Architecture):
         default="scratch",
         description="scratch, hf:<folder or hub name>, checkpoint:<path> (weights), deepspeed:<folder> (what a DeepSpeed or "
         "Trainer checkpoint holds) or fork:<run>@<step> (all state)",
+    )
+    implementation: Literal["auto", "native", "transformers"] = Field(
+        default="auto",
+        description="of hf:<…>: the native GPT (auto: where it holds the architecture exactly), or that of transformers",
     )
     trust_checkpoint: Bool = Field(
         default=False,

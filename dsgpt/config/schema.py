@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from dsgpt.config.fields import Bool, Count, CountOrZero, Int, Real, Section
+from dsgpt.config.fine_tuning import FineTuningSection
 from dsgpt.config.model import ModelSection
 from dsgpt.errors import ConfigError
 
@@ -285,6 +286,7 @@ class RunConfig(Section):
         description="auto = continue where a checkpoint exists; must, fresh (an empty folder), or a step",
     )
     model: ModelSection = Field(default=ModelSection())
+    fine_tuning: FineTuningSection = Field(default=FineTuningSection())
     tokenizer: TokenizerSection = Field(default=TokenizerSection())
     data: DataSection
     optimizer: OptimizerSection

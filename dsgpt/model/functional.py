@@ -96,12 +96,15 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float = 0.0
+) -> Tensor:
     """Sum of the cross-entropy of `hidden @ weight.T`, a scalar in fp32, without ever holding (tokens, V) at once.
 
-    `hidden` is (tokens, C), `weight` (V, C), `labels` (tokens,); labels of -100 count for nothing.
+    `hidden` is (tokens, C), `weight` (V, C), `labels` (tokens,); labels of -100 count for nothing. Logits have `bias` (V,)
+    added, are multiplied by `scale`, and with `softcap` c become c tanh(logits / c) (Gemma 2, section 2).
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, bias, scale, softcap)
 
 
 def _rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
@@ -117,35 +120,50 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, scale: float, softcap: float
+    ) -> Tensor:
         rows = _rows_per_chunk(hidden, weight)
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        for_hidden, for_weight, _, for_bias, *_ = ctx.needs_input_grad
+        needs_grad = for_hidden or for_weight or for_bias
         ctx.dtype = hidden.dtype
         waiting = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-        grad_hidden = torch.empty_like(hidden, dtype=waiting) if needs_grad else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+        grad_hidden = torch.empty_like(hidden, dtype=waiting) if for_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if for_weight else None
+        grad_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if for_bias else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], rows):
             chunk, target = hidden[start : start + rows], labels[start : start + rows]
             valid = target != IGNORE_INDEX
             index = target.clamp(min=0)[:, None]
-            log_probs = F.log_softmax((chunk @ weight.t()).float(), dim=-1)
+            logits = F.linear(chunk, weight, bias).float()
+            logits = logits if scale == 1 else logits.mul_(scale)
+            capped = torch.tanh_(logits.div_(softcap)) if softcap else None
+            log_probs = F.log_softmax(logits if capped is None else capped * softcap, dim=-1)
             picked = log_probs.gather(1, index)
             loss -= torch.where(valid, picked[:, 0], 0.0).sum()
-            if needs_grad:
-                grad_logits = log_probs.exp_().scatter_add_(1, index, -torch.ones_like(picked))
-                grad_logits = grad_logits.mul_(valid[:, None]).to(hidden.dtype)
+            if not needs_grad:
+                continue
+            grad_logits = log_probs.exp_().scatter_add_(1, index, -torch.ones_like(picked)).mul_(valid[:, None])
+            grad_logits = grad_logits if capped is None else grad_logits.mul_(1 - capped.square_())
+            grad_logits = (grad_logits if scale == 1 else grad_logits.mul_(scale)).to(hidden.dtype)
+            if grad_hidden is not None:
                 grad_hidden[start : start + rows] = grad_logits @ weight
-                if grad_logits.dtype == torch.float32:
-                    grad_weight.addmm_(grad_logits.t(), chunk)  # without a second (V, C)
-                else:
-                    grad_weight += grad_logits.t() @ chunk
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0, dtype=torch.float32)
+            if grad_weight is not None and grad_logits.dtype == torch.float32:
+                grad_weight.addmm_(grad_logits.t(), chunk)  # without a second (V, C)
+            elif grad_weight is not None:
+                grad_weight += grad_logits.t() @ chunk
         if needs_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(waiting))
+            found = (grad_hidden, grad_weight, grad_bias)
+            ctx.save_for_backward(*(None if grad is None else grad.to(waiting) for grad in found))
         return loss
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        # Both buffers belong to this node alone and are used once: scale them in place.
-        return grad_hidden.mul_(grad_output).to(ctx.dtype), grad_weight.mul_(grad_output).to(ctx.dtype), None
+        # The buffers belong to this node alone and are used once: scale them in place.
+        hidden, weight, bias = (
+            None if grad is None else grad.mul_(grad_output).to(ctx.dtype) for grad in ctx.saved_tensors
+        )
+        return hidden, weight, None, bias, None, None

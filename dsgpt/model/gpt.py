@@ -237,6 +237,9 @@ class GPT(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
+    def new_cache(self) -> KeyValueCache:
+        return KeyValueCache()
+
     def forward(
         self,
         input_ids: Tensor,

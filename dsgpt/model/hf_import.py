@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +66,7 @@ _USED["qwen3"] = _USED["llama"]
 def read_hf_config(folder: str | Path) -> ModelConfig:
     """The architecture in folder/config.json. Raises ConfigError naming every key that is not implemented."""
     path = Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            "no readable Hugging Face model here",
-            seen=f"{path}: {error}",
-            do="hf:<folder> with config.json and safetensors; download it there first",
-        ) from error
-    _refuse_code(raw, path)
+    raw = _read_json(path)
     kind = raw.get("model_type")
     if kind not in ARCHITECTURES:
         raise ConfigError(
@@ -102,6 +93,52 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
         return _gpt2(raw) if kind == "gpt2" else _llama(raw, qk_norm=kind == "qwen3")
     except (KeyError, TypeError, ArithmeticError, ValidationError) as error:
         raise ConfigError("config.json is incomplete or damaged", seen=f"{path}: {error!r}") from error
+
+
+def read_architecture(folder: str | Path, implementation: str = "auto") -> ModelConfig:
+    """As `read_hf_config`, but with `implementation` "auto" an architecture that the native GPT does not hold exactly is
+    left to transformers, and with "transformers" any is. Raises ConfigError where neither has it.
+    """
+    if implementation == "native":
+        return read_hf_config(folder)
+    raw = _read_json(Path(folder) / "config.json")
+    if implementation == "auto" or raw.get("model_type") == "dsgpt":
+        try:
+            return read_hf_config(folder)
+        except ConfigError:
+            if raw.get("model_type") == "dsgpt":
+                raise
+    from dsgpt.model.hf import hf_model_config
+
+    return hf_model_config(raw, _count_parameters(Path(folder), raw), folder)
+
+
+def _count_parameters(folder: Path, raw: Mapping[str, Any]) -> int:
+    """The elements of the folder's tensors, from the files' headers; a tied head that is saved as well counts once."""
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ConfigError("not a safetensors file", seen=f"{file}: {error}", do="download it again") from error
+    tied = raw.get("tie_word_embeddings", False)
+    return max(1, sum(prod(shape) for name, shape in shapes.items() if not (tied and name.endswith("lm_head.weight"))))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            "no readable Hugging Face model here",
+            seen=f"{path}: {error}",
+            do="hf:<folder> with config.json and safetensors; download it there first",
+        ) from error
+    _refuse_code(raw, path)
+    return raw
 
 
 def _refuse_code(raw: Mapping[str, Any], path: Path) -> None:

@@ -7,15 +7,13 @@ which costs a third more arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-from dsgpt.model.gpt import GPT
 
 # Kept by selective checkpointing: the results of matrix products and attention, which cost most to recompute.
 _EXPENSIVE = {
@@ -31,18 +29,18 @@ def _keep_expensive(context: Any, operation: Any, *args: Any, **kwargs: Any) -> 
     return CheckpointPolicy.MUST_SAVE if operation in _EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_activation_checkpointing(model: GPT, mode: str) -> None:
+def apply_activation_checkpointing(blocks: Iterable[nn.Module], mode: str) -> None:
     """Recompute each block's activations in the backward pass: "full" all of them, "selective" all but products."""
     if mode == "none":
         return
     extra = {}
     if mode == "selective":
         extra["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
-    for block in model.blocks:
+    for block in blocks:
         block.forward = partial(_recomputed, block.forward, extra)
 
 
-def _recomputed(forward: Callable[..., Tensor], extra: dict[str, Any], *args: Any) -> Tensor:
+def _recomputed(forward: Callable[..., Tensor], extra: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
     if not torch.is_grad_enabled():
-        return forward(*args)
-    return checkpoint(forward, *args, use_reentrant=False, **extra)
+        return forward(*args, **kwargs)
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, **extra)

@@ -6,15 +6,24 @@ read, each what it owns (engine.load); rank 0 says what was carried.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from dsgpt.checkpoint.deepspeed_import import deepspeed_weights
 from dsgpt.checkpoint.weights import checkpoint_weights, hf_weights
+from dsgpt.config import HFModelConfig
+from dsgpt.model.lora import base_of_adapter, has_transposed, initial_adapter, is_adapter, plain_name
+from dsgpt.partitioned import Fragment
 from dsgpt.train.resume import find_source
 
 if TYPE_CHECKING:
     from dsgpt.train.loop import Run
+
+Source = Callable[[Fragment, str], Tensor]
 
 
 def read_weights(run: Run) -> None:
@@ -29,8 +38,42 @@ def read_weights(run: Run) -> None:
         weights = checkpoint_weights(find_source(place, run.world, verify))
     else:
         weights = hf_weights(Path(place), run.plan.model, section.trust_checkpoint)
-    run.engine.load(weights.read, ("master",), 0)
+    run.engine.load(_with_adapters(run, weights.read), ("master",), 0)
     run.engine.load_buffers(weights.buffers)
+    check_model(run)
+
+
+def check_model(run: Run) -> None:
+    """Before a model of transformers is trained: that it computes what is expected of it (model/hf.py)."""
+    if isinstance(run.plan.model, HFModelConfig):
+        from dsgpt.model.hf import check_forward
+
+        check_forward(run.engine.module, run.plan.model.vocab_size, run.world.device)
+
+
+def _with_adapters(run: Run, read: Source) -> Source:
+    """The source of a model with adapters beside its matrices, from that of one without."""
+    settings = run.plan.config.fine_tuning
+    if settings.train != "lora":
+        return read
+    shapes = run.engine.parameter_shapes() | {name: shape for name, (shape, _) in run.engine.frozen_shapes().items()}
+    transposed = has_transposed(run.engine.module)
+
+    def with_adapters(fragment: Fragment, kind: str) -> Tensor:
+        name = fragment.name
+        if not is_adapter(name):
+            return read(Fragment(plain_name(name), fragment.start, fragment.numel), kind)
+
+        def matrix() -> Tensor:
+            base = base_of_adapter(name)
+            shape = shapes[base]
+            whole = read(Fragment(plain_name(base), 0, prod(shape)), kind).view(shape)
+            return whole.t() if transposed else whole
+
+        value = initial_adapter(name, shapes[name], run.plan.config.run.seed, matrix)
+        return value.flatten()[fragment.start :][: fragment.numel]
+
+    return with_adapters
 
 
 def _read_deepspeed(run: Run, place: Path) -> None:
@@ -40,7 +83,10 @@ def _read_deepspeed(run: Run, place: Path) -> None:
     """
     engine, trust = run.engine, run.plan.config.model.trust_checkpoint
     weights = deepspeed_weights(place, run.plan.model, engine.parameter_shapes(), engine.state_kinds, run.world, trust)
-    engine.load(weights.read, weights.kinds, weights.optimizer_steps)
+    if run.plan.config.fine_tuning.train != "lora":
+        engine.load(weights.read, weights.kinds, weights.optimizer_steps)
+    else:  # the moments there are of parameters that are frozen here
+        engine.load(_with_adapters(run, weights.read), weights.kinds[:1], 0)
     engine.load_buffers(weights.buffers)
     text, scale = weights.text, engine.loss_scale
     if scale is not None and weights.loss_scale:

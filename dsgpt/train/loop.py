@@ -13,24 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dsgpt.checkpoint.saver import Saver
 from dsgpt.data.dataset import Samples
 from dsgpt.data.mixture import MixtureStream, Segment
 from dsgpt.distributed import World
-from dsgpt.engine import Engine, construct
+from dsgpt.engine import Engine
 from dsgpt.errors import ConfigError, NumericalError
-from dsgpt.model.gpt import GPT
-from dsgpt.model.recompute import apply_activation_checkpointing
-from dsgpt.optimizer import build_optimizer, learning_rate
+from dsgpt.optimizer import learning_rate
 from dsgpt.process import StopRequest
+from dsgpt.train.build import build_engine, needs_pretrained
 from dsgpt.train.folder import forecast_space, prepare_folder, write_resolved
 from dsgpt.train.initial import read_weights
 from dsgpt.train.left_out import LeftOutSteps
 from dsgpt.train.order import first_segments
 from dsgpt.train.resolve import ResolvedRun
-from dsgpt.train.resume import last_good, open_run, restore
+from dsgpt.train.resume import Continuation, last_good, open_run, restore
 from dsgpt.train.save import Controls, finish_save, save
 from dsgpt.train.spikes import MAX_ROLLBACKS_IN_A_ROW, LossSpikes
 from dsgpt.train.startup import examine_nodes, tell_startup
@@ -38,6 +35,7 @@ from dsgpt.train.state import RunLog, TrainState
 from dsgpt.train.step import StepLoader, StepReport, Wishes, largest_micro_batch, train_step
 from dsgpt.train.stopping import ended, is_agreed, leave_start, wishes
 from dsgpt.train.time_limit import TimeLimit
+from dsgpt.train.unfreezing import choose_last_blocks, engine_fits, num_last_blocks, rebuild, unfreeze
 from dsgpt.train.validation import evaluate
 from dsgpt.units import format_bytes, format_count, format_seconds
 from dsgpt.watchdog import Heartbeat
@@ -66,6 +64,9 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)
     learning_rate: float | None = None  # of the last step
     evaluated: tuple[int, dict[str, Any]] | None = None  # step and result of the last evaluation
+    num_last_blocks: int = 0  # fine_tuning.num_last_blocks, measured where that is auto
+    stage: int = 0  # how many unfreezings the engine was built with
+    unfrozen: list[int] = field(default_factory=list)  # optimizer steps taken before each unfreezing
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -111,17 +112,21 @@ def train(
     heartbeat.tell(failed_starts=continuation.failed_starts)
     limit = TimeLimit.of_job()
     leave_start(plan, world, stop, limit)
-    run = _build(plan, world, log, stop, limit, heartbeat, guard)
+    run = _build(plan, world, log, stop, limit, heartbeat, guard, continuation)
     leave_start(plan, world, stop, limit)
-    _rehearse(run)
+    rehearse(run)
     leave_start(plan, world, stop, limit)
     if continuation.checkpoint is None and world.is_main and (plan.output_dir / "metrics.jsonl").stat().st_size:
         log.supersede(0)  # an earlier start died before its first commit
     if continuation.checkpoint is not None:
         run.enter("read the checkpoint", 3)
         restore(run, continuation)
+        if not engine_fits(run):  # an older checkpoint than was looked for, from before an unfreezing
+            rebuild(run)
     elif plan.config.model.init_from != "scratch":
         read_weights(run)
+        if plan.config.fine_tuning.num_last_blocks == "auto" and choose_last_blocks(run):
+            rebuild(run, from_initial=True)
     write_resolved(plan, world, log, changes, nodes)
     if run.state.step >= plan.last_step:
         _end_at_once(run, continuation.forked)
@@ -157,8 +162,10 @@ def _build(
     limit: TimeLimit,
     heartbeat: Heartbeat,
     guard: Callable[[], None],
+    continuation: Continuation,
 ) -> Run:
     config = plan.config
+    needs_pretrained(config)
     heartbeat.phase("open the data", 0, 3 * config.run.hang_timeout_seconds)
     sources = [source.open(config, plan.model.vocab_size) for source in plan.data.train]
     stream = MixtureStream(sources, first_segments(plan), config.run.seed)
@@ -168,21 +175,23 @@ def _build(
         log.event("tokenizer_unknown", text.format(", ".join(plan.data.foreign)), sources=plan.data.foreign)
     log.event("building_model")
     heartbeat.phase("build the model", 0, 3 * config.run.hang_timeout_seconds)
-    torch.manual_seed(config.run.seed)
-    model = construct(lambda: GPT(plan.model), plan.deepspeed)
-    apply_activation_checkpointing(model, config.training.activation_checkpointing)
-    engine = Engine(model, build_optimizer(model, config.optimizer), plan.deepspeed, world)
+    step = continuation.step
+    blocks = num_last_blocks(plan, world)
+    engine = build_engine(plan, world, log, step, blocks)
     spikes = LossSpikes(config.training.loss_spike)
     spikes.skipped = world.broadcast_object(LossSpikes.read(plan.output_dir) if world.is_main else None)
     controls = Controls(plan.output_dir, enabled=world.is_main)
     patience = config.run.hang_timeout_seconds or math.inf
     folder = plan.output_dir / "checkpoints"
     saver = Saver(engine, world, folder, guard, config.checkpoint.asynchronous, patience)
-    state = TrainState()
-    return Run(plan, world, engine, state, log, stop, stream, validation, spikes, controls, saver, limit, heartbeat)
+    run = Run(
+        plan, world, engine, TrainState(), log, stop, stream, validation, spikes, controls, saver, limit, heartbeat
+    )
+    run.num_last_blocks, run.stage = blocks, config.fine_tuning.stage_at(step)
+    return run
 
 
-def _rehearse(run: Run) -> None:
+def rehearse(run: Run) -> None:
     training = run.plan.config.training
     run.enter("rehearse", 3)
     run.log.event("rehearsing", "running the largest possible step once, to see that it fits")
@@ -204,6 +213,9 @@ def _run_steps(run: Run) -> None:
     left_out = LeftOutSteps(run.log, world, evidence, seed)
     try:
         while run.state.step < plan.max_steps:
+            if not engine_fits(run):
+                unfreeze(run)
+                meter.restart()
             began = time.monotonic()
             run.enter("load data" if run.state.step else "load the first data")
             start, micro_batches = loader.load(run.state.consumed_samples)
@@ -303,6 +315,8 @@ def _answer_spike(run: Run, report: StepReport, start: int, samples: Sequence[in
     run.log.event("spike_rollback", f"going back to step {run.last_committed} and leaving samples out", first=first)
     run.enter("read the checkpoint", 3)
     restore(run, last_good(run))
+    if not engine_fits(run):
+        rebuild(run)
     return True
 
 

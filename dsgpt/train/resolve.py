@@ -13,7 +13,7 @@ from typing import Any
 from dsgpt.checkpoint import commit
 from dsgpt.checkpoint.deepspeed_files import find_deepspeed, is_deepspeed
 from dsgpt.checkpoint.locate import locate_checkpoint
-from dsgpt.config import ModelConfig, RunConfig, fill_deepspeed
+from dsgpt.config import ModelConfig, RunConfig, fill_deepspeed, parse_model
 from dsgpt.config.model import described_folder
 from dsgpt.config.schema import nearest_divisors
 from dsgpt.data.manifest import TokenizerRecord
@@ -26,6 +26,7 @@ EXPORTS = {
     "llama": "Hugging Face llama",
     "qwen3": "Hugging Face qwen3",
     "gpt2": "Hugging Face gpt2",
+    "transformers": "Hugging Face's format, the architecture it was read from",
     "dsgpt": "dsgpt's own format (no Hugging Face architecture has this combination of model settings)",
 }
 
@@ -206,7 +207,7 @@ def _model_config(config: RunConfig, tokenizer: TokenizerRecord | None) -> Model
     """The architecture: written in the config, or read from what init_from names."""
     origin, location = _origin(config)
     if origin in ("checkpoint", "fork"):
-        saved = ModelConfig.model_validate(commit.read_manifest(locate_checkpoint(location))["model"])
+        saved = parse_model(commit.read_manifest(locate_checkpoint(location))["model"])
         return saved.model_copy(update={"dropout": config.model.dropout})
     if origin == "hf" and is_deepspeed(Path(location)) and not any(Path(location).glob("*.safetensors")):
         raise ConfigError(
@@ -219,9 +220,10 @@ def _model_config(config: RunConfig, tokenizer: TokenizerRecord | None) -> Model
         described = described_folder(Path(location))
         origin, location = ("hf", str(described)) if described else (origin, location)
     if origin == "hf":
-        from dsgpt.model.hf_import import read_hf_config
+        from dsgpt.model.hf_import import read_architecture
 
-        return read_hf_config(location).model_copy(update={"dropout": config.model.dropout})
+        model = read_architecture(location, config.model.implementation)
+        return model.model_copy(update={"dropout": config.model.dropout})
     if tokenizer is None and config.model.vocab_size is None:
         raise ConfigError(
             "the size of the vocabulary is not known",

@@ -18,6 +18,7 @@ from dsgpt.checkpoint.store import find_checkpoint, load_state, verify_share
 from dsgpt.distributed import World
 from dsgpt.errors import CheckpointError, ConfigError, DamagedError, DsgptError, LockedError, NoProgressError
 from dsgpt.optimizer import learning_rate
+from dsgpt.train.build import late_steps
 from dsgpt.train.changes import changed_keys
 from dsgpt.train.folder import versions
 from dsgpt.train.order import appended_text, continue_order, differences, first_segments
@@ -41,6 +42,11 @@ class Continuation:
     forked: bool = False
     failed_starts: int = 0
     older: tuple[tuple[int, Path], ...] = ()
+
+    @property
+    def step(self) -> int:
+        """The optimizer step it continues with, as far as the folder's name tells."""
+        return int(self.checkpoint.name.removeprefix("step-")) if self.checkpoint else 0
 
 
 def open_run(plan: ResolvedRun, world: World, log: RunLog) -> Continuation:
@@ -230,7 +236,14 @@ def _restore(run: Run, continuation: Continuation) -> None:
             raise DamagedError("the checkpoint is damaged", seen=damage) from None
         raise
     _compare_versions(run, reader.manifest)
-    load_state(run.engine, reader)
+    run.state = TrainState(**reader.manifest["counters"])
+    run.unfrozen = run.plan.config.fine_tuning.counted_unfreezings(
+        reader.manifest.get("unfrozen", []), run.state.step, run.state.optimizer_steps
+    )
+    thawed = load_state(run.engine, reader, late_steps(run))
+    if thawed:
+        shown = ", ".join(thawed[:3]) + (f" and {len(thawed) - 3} more" if len(thawed) > 3 else "")
+        run.log.event("thawed", f"trained from here on, with moments of zero: {shown}", parameters=len(thawed))
     if reader.manifest.get("loss_scale"):
         run.engine.loss_scale = reader.manifest["loss_scale"]
     elif run.engine.loss_scale:
@@ -238,7 +251,6 @@ def _restore(run: Run, continuation: Continuation) -> None:
         run.log.event(
             "loss_scale_reset", f"the checkpoint is {was} and has no loss scale: starting at {scale:g}", new=scale
         )
-    run.state = TrainState(**reader.manifest["counters"])
     run.spikes.restore(reader.manifest.get("recent_losses", []))
     _compare_learning_rate(run, reader.manifest)
     text = f"continuing from step {run.state.step} ({continuation.checkpoint})"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsgpt.checkpoint import retention
 from dsgpt.errors import SaveError
+from dsgpt.model.lora import has_transposed
 from dsgpt.train.folder import versions
 from dsgpt.train.order import data_identity
 
@@ -125,6 +126,11 @@ def record_evaluation(run: Run, step: int, result: dict[str, Any]) -> None:
             run.log.event("evaluation_not_kept", f"warning: the evaluation was not kept with its checkpoint: {error}")
 
 
+def lora_manifest(run: Run) -> dict[str, Any]:
+    """What whoever reads the adapters must know; `transposed`: the matrices beside them are (in, out)."""
+    return {**run.plan.config.fine_tuning.lora.model_dump(mode="json"), "transposed": has_transposed(run.engine.module)}
+
+
 def manifest(run: Run) -> dict[str, Any]:
     return {
         "step": run.state.step,
@@ -135,6 +141,8 @@ def manifest(run: Run) -> dict[str, Any]:
         "skipped_samples": run.spikes.skipped,
         "data": data_identity(run.plan, run.stream.segments),
         "model": run.plan.model.model_dump(mode="json"),
+        **({"lora": lora_manifest(run)} if run.plan.config.fine_tuning.train == "lora" else {}),
+        **({"unfrozen": run.unfrozen} if run.unfrozen else {}),
         "state_kinds": list(run.engine.state_kinds),
         "world_size": run.world.size,
         "zero_stage": run.engine.stage,

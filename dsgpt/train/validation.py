@@ -17,26 +17,31 @@ class _Stopped(Exception):
     """All ranks agreed to stop."""
 
 
-def evaluate(run: Run) -> Evaluation | None:
-    """The loss of every validation set, told and kept with this step's checkpoint; None where a stop cut it short."""
-    if not run.validation:
-        return None
+def evaluate_sets(run: Run, may_stop: bool = True) -> dict[str, Evaluation]:
+    """Every validation set; a collective. Raises _Stopped where a stop is agreed on meanwhile, and it `may_stop`."""
     micro_batch = run.plan.config.training.micro_batch_size_per_gpu
     limit = run.plan.config.logging.eval_samples
-    run.log.event("evaluating", step=run.state.step)
     run.enter("evaluate")
 
     def batch_loss(batch):
         run.heartbeat.tick()
-        if is_agreed(run):
+        if may_stop and is_agreed(run):
             raise _Stopped
         return run.engine.evaluate(batch)
 
+    return {
+        name: evaluate_split(batch_loss, samples, run.world, micro_batch, limit)
+        for name, samples in run.validation.items()
+    }
+
+
+def evaluate(run: Run) -> Evaluation | None:
+    """The loss of every validation set, told and kept with this step's checkpoint; None where a stop cut it short."""
+    if not run.validation:
+        return None
+    run.log.event("evaluating", step=run.state.step)
     try:
-        sets = {
-            name: evaluate_split(batch_loss, samples, run.world, micro_batch, limit)
-            for name, samples in run.validation.items()
-        }
+        sets = evaluate_sets(run)
     except _Stopped:
         text = f"the evaluation of step {run.state.step} was cut short by {run.stop.requested or 'another rank'}"
         run.log.event("evaluation_stopped", text, step=run.state.step)

@@ -1,0 +1,54 @@
+"""The model of a config, whichever code implements it; parts of it by name."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import nn
+
+from dsgpt.config.model import HFModelConfig, ModelConfig
+from dsgpt.errors import ConfigError
+from dsgpt.model.gpt import GPT
+
+
+def build_model(config: ModelConfig) -> nn.Module:
+    """The native GPT, or a model of transformers, whose weights must be loaded before it is used."""
+    if isinstance(config, HFModelConfig):
+        from dsgpt.model.hf import build_hf
+
+        return build_hf(config)
+    return GPT(config)
+
+
+def blocks_prefix(names: Iterable[str], num_blocks: int) -> str:
+    """What the names of all blocks' parameters begin with: "blocks." of blocks.0.…, "model.layers." of model.layers.0.…
+
+    Raises ConfigError where no list of so many blocks is there.
+    """
+    found = Counter(
+        (match[1], int(match[2])) for name in names if (match := re.match(r"((?:[^.\d][^.]*\.)+)(\d+)\.", name))
+    )
+    complete = [
+        prefix
+        for prefix in {prefix for prefix, _ in found}
+        if {number for one, number in found if one == prefix} == set(range(num_blocks))
+    ]
+    if not complete:
+        seen = (
+            f"{num_blocks} blocks expected; lists here: {', '.join(sorted({prefix for prefix, _ in found})) or 'none'}"
+        )
+        raise ConfigError("the model's blocks are not found by their names", seen=seen)
+    return max(complete, key=lambda prefix: sum(count for (one, _), count in found.items() if one == prefix))
+
+
+def block_of(name: str, prefix: str) -> int | None:
+    """Which block a parameter belongs to, None outside the blocks."""
+    return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
+
+
+def blocks_of(model: nn.Module, prefix: str) -> nn.ModuleList:
+    blocks = model.get_submodule(prefix.rstrip("."))
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks

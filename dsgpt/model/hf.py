@@ -1,0 +1,250 @@
+"""Any causal language model of transformers, trained through the same interface as the native GPT.
+
+    model = build_hf(config)                      # HFModelConfig; weights are not initialised, they come from a folder
+    loss = model(input_ids, labels=labels, position_ids=positions)     # the sum over target tokens, as GPT gives it
+
+The module is transformers' own, with its own parameter names; only its `forward` is ours: the hidden states of the decoder
+go through a chunked cross-entropy that never builds the full logits. Documents packed in one row do not see each other: most
+architectures of transformers make the mask themselves, from position ids that begin anew, with the window of each layer
+that has one; the others are given one.
+
+Trade-off: one forward for all architectures means that what an architecture does to its logits has to be known here (bias,
+scale, soft cap), and which of the two masks it heeds. So `check_forward` compares with transformers' own forward, and looks
+whether documents see each other, once before the first step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsgpt.config.model import HFModelConfig
+from dsgpt.errors import ConfigError, Problem
+from dsgpt.model.functional import chunked_cross_entropy
+from dsgpt.model.gpt import attention_mask
+
+# Relative differences between two ways of the same mathematics: rounding, not another result.
+MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+_NAMES: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head"),
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len"),
+}
+
+
+def hf_model_config(raw: Mapping[str, Any], num_parameters: int, where: Path | str) -> HFModelConfig:
+    """What transformers knows by this config.json. Raises ConfigError where it is no causal language model of its own."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = raw.get("model_type")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind not in CONFIG_MAPPING:
+        raise ConfigError(
+            "transformers has no causal language model of this kind",
+            seen=f"{where}: model_type={kind!r}",
+            do="another model, or a newer transformers; code that comes with a model is never run",
+        )
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(dict(raw)).get_text_config(decoder=True)
+        sizes = {ours: _first(config, theirs) for ours, theirs in _NAMES.items()}
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise ConfigError("config.json is incomplete or damaged", seen=f"{where}: {error!r}") from error
+    heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+    inner = _first(config, ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"), 4 * hidden)
+    return HFModelConfig(
+        **sizes,
+        num_key_value_heads=_first(config, ("num_key_value_heads",), heads),
+        head_dim=_first(config, ("head_dim",), hidden // heads),
+        intermediate_size=inner if isinstance(inner, int) else 4 * hidden,
+        tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        hf=dict(raw),
+        num_parameters=num_parameters,
+    )
+
+
+def _first(config: Any, names: tuple[str, ...], default: Any = None) -> Any:
+    for name in names:
+        if (value := getattr(config, name, None)) is not None:
+            return value
+    if default is None:
+        raise KeyError(names[0])
+    return default
+
+
+def transformers_config(config: HFModelConfig) -> Any:
+    """The object that transformers builds from, with the vocabulary and the dropout of `config`."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    raw = dict(config.hf)
+    return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+
+
+def build_hf(config: HFModelConfig) -> nn.Module:
+    """The module, in torch's default precision; under a context that partitions parameters too.
+
+    Nothing is initialised: what a folder does not hold would be left at random, so readers check that it holds everything.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(transformers_config(config))
+    model.tie_weights()  # part of the initialisation that is left out
+    head = model.get_output_embeddings()
+    text = model.config.get_text_config(decoder=True)
+    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
+    softcap = float(getattr(text, "final_logit_softcapping", None) or 0.0)
+    head.forward = partial(_head, head, scale, softcap)
+    model.transformers_forward = model.forward
+    model.forward = types.MethodType(_forward, model)
+    model.gives_mask = False
+    model.new_cache = partial(HFCache, model)
+    return model
+
+
+class HFCache:
+    """Keys and values of the positions already seen, for generation, as transformers keeps them."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers import DynamicCache
+
+        self.past = DynamicCache(config=model.config)
+
+    @property
+    def length(self) -> int:
+        return int(self.past.get_seq_length())
+
+
+def _head(head: nn.Linear, scale: float, softcap: float, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Logits as the plain layer gives them, or the summed loss. Inside the layer, because ZeRO-3 gathers its weight there."""
+    if labels is None:
+        return F.linear(hidden, head.weight, head.bias)
+    return chunked_cross_entropy(hidden.flatten(0, 1), head.weight, labels.flatten(), head.bias, scale, softcap)
+
+
+def _forward(
+    model: Any,
+    input_ids: Tensor,
+    labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    cache: HFCache | None = None,
+) -> Tensor:
+    """As `GPT.forward`: logits (B, T, V), or with `labels` (B, T), already shifted, the summed cross-entropy."""
+    inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": cache is not None}
+    if cache is not None:
+        inputs["past_key_values"] = cache.past
+    if model.gives_mask and document_ids is not None:
+        inputs["attention_mask"] = attention_mask(input_ids.shape[1], 0, document_ids, next(model.parameters()))
+    if labels is None:
+        return model.transformers_forward(**inputs).logits
+    return model.get_output_embeddings()(model.base_model(**inputs).last_hidden_state, labels)
+
+
+@torch.no_grad()
+def check_forward(model: Any, vocab_size: int, device: torch.device) -> None:
+    """Compare our forward with transformers' own, and choose the mask that keeps documents apart. All ranks must call it.
+
+    Raises ConfigError where the architecture does something to its logits that is not known here, or where documents in
+    one row see each other either way.
+    """
+    was_training, dtype = model.training, next(model.parameters()).dtype
+    model.eval()
+    try:
+        ids = torch.randint(vocab_size, (2, 13), generator=torch.Generator().manual_seed(0)).to(device)
+        inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        ours, logits = float(model(inputs, labels=labels)), model(inputs).float()
+        theirs = float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+        if not abs(ours - theirs) <= MAX_DIFFERENCE[dtype] * max(1.0, abs(theirs)):
+            raise ConfigError(
+                "this architecture computes its logits in a way that is not known here",
+                seen=f"{type(model).__name__}: loss {ours:.6f}, from transformers' logits {theirs:.6f}",
+                do="please report the architecture",
+            )
+        seen = _seen_across(model, inputs)
+        windows = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
+        if seen > MAX_DIFFERENCE[dtype] and not windows:
+            model.gives_mask = True
+            seen = _seen_across(model, inputs)
+        if seen > MAX_DIFFERENCE[dtype]:
+            raise ConfigError(
+                "documents that are packed in one row see each other in this architecture",
+                seen=f"{type(model).__name__}: logits change by {seen:.2g} of their spread",
+                do="please report the architecture; data.document_mask=false trains without keeping them apart",
+            )
+    finally:
+        model.train(was_training)
+
+
+def _seen_across(model: Any, ids: Tensor) -> float:
+    """How much the logits of a row's second document change when the first one is replaced, relative to their spread."""
+    half = ids.shape[1] // 2
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    positions = torch.where(positions < half, positions, positions - half)
+    documents = (torch.arange(ids.shape[1], device=ids.device) >= half).int().expand_as(ids)
+    other = torch.cat((ids.flip(0)[:, :half], ids[:, half:]), dim=1)
+    one, two = (model(rows, position_ids=positions, document_ids=documents)[:, half:].float() for rows in (ids, other))
+    return float((one - two).abs().max() / one.std())
+
+
+def names_in_folder(config: HFModelConfig, given: Collection[str]) -> dict[str, str]:
+    """The model's name of every tensor it needs -> its name among the `given` ones, where the base model's prefix may lack.
+
+    Raises ConfigError with all that is missing, and all that has no place in the model.
+    """
+    with parameters_on_meta():
+        model = build_hf(config)
+    needed = [name for name, _ in model.named_parameters()]
+    needed += [name for name, _ in model.named_buffers() if name in model.state_dict()]
+    base = f"{model.base_model_prefix}."
+    found = {name: name if name in given else name.removeprefix(base) for name in needed}
+    constants = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    used = set(found.values()) | tied
+    problems = [
+        Problem("tensor missing from the folder", seen=name) for name, theirs in found.items() if theirs not in given
+    ]
+    problems += [
+        Problem("tensor the model has no place for", seen=name)
+        for name in sorted(set(given) - used)
+        if not name.endswith(constants)
+    ]
+    if problems:
+        raise ConfigError(problems=problems)
+    return found
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have real buffers, and parameters without memory."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def constants(config: HFModelConfig) -> dict[str, Tensor]:
+    """The buffers that are computed, not saved (rotary frequencies), exact in fp32, for a model that was built in 16 bits."""
+    with parameters_on_meta():
+        skeleton = build_hf(config)
+    return dict(skeleton.named_buffers())

@@ -1,0 +1,131 @@
+"""LoRA and DoRA through peft: adapters beside frozen linear layers, and what they add to a matrix.
+
+    adapted = add_adapters(model, settings, prefix="blocks.")
+    merged(weight, settings, a, b, magnitude)      # the matrix that a model without adapters needs to compute the same
+
+peft puts a matrix under `NAME.base_layer.weight` and its adapter beside it; `plain_name` undoes that, so that checkpoints of a
+run with adapters lead to the names of the model without.
+
+Adapters are initialised by us, name by name (A as peft does, B zero), because under ZeRO-3 peft would initialise an empty
+piece, and because the values must not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from dsgpt.config.fine_tuning import LoraSection
+from dsgpt.errors import ConfigError
+
+_ADAPTER = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.default\.weight$")
+_BASE = ".base_layer."
+
+
+def is_adapter(name: str) -> bool:
+    return _ADAPTER.search(name) is not None
+
+
+def plain_name(name: str) -> str:
+    """The name in the model without adapters."""
+    return name.replace(_BASE, ".")
+
+
+def adapter_names(plain: str) -> tuple[str, str, str]:
+    """Names of A, B and DoRA's magnitude for the matrix NAME.weight."""
+    layer = plain.removesuffix(".weight")
+    return (
+        f"{layer}.lora_A.default.weight",
+        f"{layer}.lora_B.default.weight",
+        f"{layer}.lora_magnitude_vector.default.weight",
+    )
+
+
+def base_name(plain: str) -> str:
+    """The name that a matrix with an adapter has: NAME.base_layer.weight."""
+    layer, _, kind = plain.rpartition(".")
+    return f"{layer}{_BASE}{kind}"
+
+
+def base_of_adapter(name: str) -> str:
+    """The name of the matrix that an adapter's tensor stands beside."""
+    return _ADAPTER.sub(".base_layer.weight", name)
+
+
+def has_transposed(model: nn.Module) -> bool:
+    """Whether the matrices beside adapters are (in, out), as GPT-2's in transformers."""
+    return any(getattr(module, "fan_in_fan_out", False) for module in model.modules())
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that can have an adapter."""
+    from transformers.pytorch_utils import Conv1D
+
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def targets(model: nn.Module, settings: LoraSection, prefix: str) -> list[str]:
+    """The layers that get one. Raises ConfigError for a pattern that fits none."""
+    layers = linear_layers(model)
+    if not settings.target_modules:
+        return [name for name in layers if name.startswith(prefix)]
+    short = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in layers})
+    missing = [one for one in settings.target_modules if not any(_fits(name, one) for name in layers)]
+    if missing:
+        raise ConfigError(
+            "fine_tuning.lora.target_modules fits no linear layer",
+            seen=", ".join(missing),
+            do=f"the linear layers here: {', '.join(short)}",
+        )
+    return [name for name in layers if any(_fits(name, one) for one in settings.target_modules)]
+
+
+def _fits(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}") or fnmatchcase(name, target)
+
+
+def add_adapters(model: nn.Module, settings: LoraSection, prefix: str) -> list[str]:
+    """Put adapters beside the target layers of the blocks, in place; returns their names."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    chosen = targets(model, settings, prefix)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=chosen,
+        use_dora=settings.use_dora,
+        init_lora_weights=False,
+    )
+    inject_adapter_in_model(config, model)
+    return chosen
+
+
+def initial_adapter(name: str, shape: Sequence[int], seed: int, matrix: Callable[[], Tensor]) -> Tensor:
+    """The value that an adapter's tensor starts with, the same on any number of ranks.
+
+    A is uniform in +-1/sqrt(columns) (Kaiming with a = sqrt 5, as peft), B zero, DoRA's magnitude the length of each row of
+    `matrix()` (Liu et al. 2024, eq. 5), so that the model computes at first what it did without adapters.
+    """
+    found = _ADAPTER.search(name)
+    assert found is not None
+    if found[1] == "lora_B":
+        return torch.zeros(*shape)
+    if found[1] == "lora_magnitude_vector":
+        return torch.linalg.vector_norm(matrix().float(), dim=1)
+    generator = torch.Generator().manual_seed((seed << 32 | zlib.crc32(name.encode())) % (1 << 63))
+    return (torch.rand(*shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+
+
+def merged(matrix: Tensor, settings: LoraSection, a: Tensor, b: Tensor, magnitude: Tensor | None = None) -> Tensor:
+    """(out, in) in fp32: W + alpha/r B A, with DoRA each row scaled to its magnitude (Liu et al. 2024, eq. 5)."""
+    whole = matrix.float() + (b.float() @ a.float()) * (settings.alpha / settings.rank)
+    if magnitude is None:
+        return whole
+    return whole * (magnitude.float() / torch.linalg.vector_norm(whole, dim=1))[:, None]

@@ -1,0 +1,104 @@
+"""From a resolved run to an engine: the model, which of its parameters are trained, the optimizer's groups, DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dsgpt.config import HFModelConfig, RunConfig
+from dsgpt.config.fine_tuning import Trained
+from dsgpt.distributed import World
+from dsgpt.engine import Engine, construct, give_values
+from dsgpt.errors import ConfigError
+from dsgpt.model.build import blocks_of, blocks_prefix, build_model
+from dsgpt.model.lora import add_adapters
+from dsgpt.model.recompute import apply_activation_checkpointing
+from dsgpt.model.trainable import Parts, first_trained_block, freeze, plan_training, table
+from dsgpt.optimizer import build_optimizer
+from dsgpt.train.resolve import ResolvedRun
+from dsgpt.train.state import RunLog
+
+if TYPE_CHECKING:
+    from dsgpt.train.loop import Run
+
+
+def build_engine(plan: ResolvedRun, world: World, log: RunLog, step: int, num_last_blocks: int) -> Engine:
+    """The engine that trains from optimizer step `step` on. Raises ConfigError for names that fit nothing."""
+    config = plan.config
+    settings = config.fine_tuning
+    torch.manual_seed(config.run.seed)
+    model = construct(lambda: _adapted(plan), plan.deepspeed, _constants(plan))
+    if isinstance(plan.model, HFModelConfig):
+        give_values(model)
+    parts = Parts.of(model, plan.model.num_hidden_layers)
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+    trained = plan_training(list(shapes), settings, parts, num_last_blocks, step)
+    freeze(model, trained)
+    if not all(trained.values()) or len({one.scale for one in trained.values() if one}) > 1:
+        log.event("trained_parameters", table(trained, shapes, parts), **_counts(trained, shapes))
+    blocks = blocks_of(model, parts.prefix)[first_trained_block(trained, parts) :]
+    apply_activation_checkpointing(blocks, config.training.activation_checkpointing)
+    if settings.neftune_alpha:
+        _add_noise(model, settings.neftune_alpha)
+    return Engine(model, build_optimizer(model, config.optimizer, trained), plan.deepspeed, world)
+
+
+def _adapted(plan: ResolvedRun) -> nn.Module:
+    model, settings = build_model(plan.model), plan.config.fine_tuning
+    if settings.train == "lora":
+        names = [name for name, _ in model.named_parameters()]
+        add_adapters(model, settings.lora, blocks_prefix(names, plan.model.num_hidden_layers))
+    return model
+
+
+def _constants(plan: ResolvedRun):
+    model = plan.model
+    if not isinstance(model, HFModelConfig):
+        return None
+    from dsgpt.model.hf import constants
+
+    return partial(constants, model)
+
+
+def _counts(trained: Mapping[str, Trained | None], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    kept = sum(size for name, size in sizes.items() if trained[name])
+    return {"trained": kept, "frozen": sum(sizes.values()) - kept}
+
+
+def _add_noise(model: nn.Module, alpha: float) -> None:
+    """NEFTune: uniform noise of strength alpha / sqrt(T C) on the embeddings (B, T, C), in training only (Jain et al. 2023,
+    algorithm 1). Drawn from the micro-step's seed, as dropout is."""
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        strength = alpha / (output.shape[-2] * output.shape[-1]) ** 0.5
+        return output + torch.empty_like(output).uniform_(-strength, strength)
+
+    next(one for one in model.modules() if isinstance(one, nn.Embedding)).register_forward_hook(add)
+
+
+def needs_pretrained(config: RunConfig) -> None:
+    """Raise ConfigError where parts are frozen that nothing has trained."""
+    if config.model.init_from == "scratch" and config.fine_tuning.train != "all":
+        raise ConfigError(
+            "a model from scratch cannot be frozen in part: what is frozen would stay at random",
+            seen=f"model.init_from=scratch, fine_tuning.train={config.fine_tuning.train}",
+            do="model.init_from=hf:<folder>, or fine_tuning.train=all",
+        )
+
+
+def late_steps(run: Run) -> dict[str, int]:
+    """How many steps the optimizer has taken of each parameter that was unfrozen."""
+    if not run.unfrozen:
+        return {}
+    names = [*run.engine.parameter_shapes(), *run.engine.frozen_shapes()]
+    parts = Parts.of(run.engine.module, run.plan.model.num_hidden_layers)
+    plan = plan_training(names, run.plan.config.fine_tuning, parts, run.num_last_blocks, run.state.step)
+    steps = run.state.optimizer_steps
+    return {name: steps - run.unfrozen[one.stage - 1] for name, one in plan.items() if one and one.stage}

@@ -1,0 +1,146 @@
+"""Pretrained models of Hugging Face in, trained in part or whole under ZeRO, out again into transformers."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsgpt.checkpoint.export import export_checkpoint
+from dsgpt.checkpoint.reader import CheckpointReader
+from dsgpt.checkpoint.weights import find_model
+from dsgpt.config import load_config
+from dsgpt.train.resolve import resolve_run
+from tests.hf_models import BLOCKS, make_hf_folder
+from tests.integration.test_resume import hashes, metrics, train_here
+from tests.pool import ranks
+
+KINDS = ("gpt2", "llama", "qwen3", "mistral", "gemma", "gpt_neox", "phi", "opt")
+STEPS = 4
+SHORT = {
+    "training.max_steps": STEPS,
+    "model": {},
+    "optimizer": {"learning_rate": 1e-2, "warmup_steps": 0, "weight_decay": 0.1},
+    "logging": {"log_interval": 1, "eval_samples": 8},
+}
+
+
+@pytest.fixture(scope="session")
+def hf_folder(dataset, tmp_path_factory):
+    tokenizer = dataset.parent / "tokenizer"
+    vocab_size = len(json.loads((tokenizer / "tokenizer.json").read_text("utf-8"))["model"]["vocab"])
+    made = {}
+
+    def make(kind, **changes):
+        key = kind, *sorted(changes.items())
+        if key not in made:
+            folder = tmp_path_factory.mktemp("hf") / kind
+            made[key] = make_hf_folder(folder, kind, tokenizer, max(vocab_size, 300), **changes)
+        return made[key]
+
+    return make
+
+
+def first_loss(folder, yaml):
+    """Of the first step's samples by transformers itself, each document alone."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    plan = resolve_run(load_config([yaml]).config, world_size=2, device="cpu")
+    from dsgpt.data.mixture import MixtureStream
+    from dsgpt.train.order import first_segments
+
+    sources = [one.open(plan.config, plan.model.vocab_size) for one in plan.data.train]
+    stream = MixtureStream(sources, first_segments(plan), plan.config.run.seed)
+    arrays = stream.read(np.arange(plan.config.training.global_batch_size))
+    total, count = 0.0, 0
+    for ids, labels, documents in zip(arrays["input_ids"], arrays["labels"], arrays["document_ids"], strict=True):
+        for document in np.unique(documents[documents >= 0]):
+            here = documents == document
+            with torch.no_grad():
+                logits = model(torch.from_numpy(ids[here].astype(np.int64))[None]).logits[0]
+            target = torch.from_numpy(labels[here].astype(np.int64))
+            total += float(F.cross_entropy(logits, target, reduction="sum"))
+            count += int((target != -100).sum())
+    return total / count
+
+
+def logits_of(model):
+    ids = torch.arange(2 * 24).view(2, 24) % 300
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def export_and_load(run, output):
+    from transformers import AutoModelForCausalLM
+
+    report = export_checkpoint(find_model(str(run)), output)
+    model, told = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True, dtype=torch.float32)
+    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+    return report, model.eval()
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_architecture_trains_resumes_and_comes_out_again(kind, stage, hf_folder, write_run, tmp_path):
+    folder, pool = hf_folder(kind), ranks(2)
+    settings = SHORT | {"deepspeed": stage, "model": {"init_from": f"hf:{folder}"}, "training.max_steps": STEPS}
+    straight, stopped = write_run("straight", **settings), write_run("stopped", **settings)
+    assert pool.run(train_here, straight, [], 0, "a") == [STEPS, STEPS]
+    lines = [json.loads(line) for line in (tmp_path / "straight/metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] == pytest.approx(first_loss(folder, straight), abs=2e-5)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert "stopped at step 2" in pool.run(train_here, stopped, [], 2, "b")[0]
+    assert pool.run(train_here, stopped, [], 0, "c") == [STEPS, STEPS]
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
+    last = f"checkpoints/step-{STEPS:08d}"
+    assert hashes(tmp_path / "stopped" / last) == hashes(tmp_path / "straight" / last)
+    report, model = export_and_load(tmp_path / "straight", tmp_path / "export")
+    assert report.checked_with == "transformers" and report.logit_difference < 1e-4
+
+
+WAYS = {
+    "last_blocks": {"train": "last_blocks", "num_last_blocks": 1},
+    "patterns": {"train": "patterns", "patterns": ["*mlp*"]},
+    "lora": {"train": "lora", "lora": {"rank": 4, "alpha": 8.0}},
+    "dora": {"train": "lora", "lora": {"rank": 4, "use_dora": True}},
+    "decay": {"train": "all", "learning_rate_decay_per_block": 0.5},
+    "unfreezing": {"train": "last_blocks", "num_last_blocks": 1, "unfreeze_at": {2: 2, 3: "all"}},
+}
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "opt"])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_training_a_part(way, kind, stage, hf_folder, write_run, tmp_path):
+    folder, pool = hf_folder(kind), ranks(2)
+    settings = SHORT | {
+        "deepspeed": stage,
+        "model": {"init_from": f"hf:{folder}"},
+        "fine_tuning": WAYS[way],
+        "checkpoint": {"save_interval": 1, "keep_last": 0},
+    }
+    straight, stopped = write_run("straight", **settings), write_run("stopped", **settings)
+    assert pool.run(train_here, straight, [], 0, "a") == [STEPS, STEPS]
+    lines = [json.loads(line) for line in (tmp_path / "straight/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[0] == pytest.approx(first_loss(folder, straight), abs=2e-5)
+    assert losses[-1] < losses[0]
+    assert "stopped at step 3" in pool.run(train_here, stopped, [], 3, "b")[0]
+    assert pool.run(train_here, stopped, [], 0, "c") == [STEPS, STEPS]
+    last = f"checkpoints/step-{STEPS:08d}"
+    assert hashes(tmp_path / "stopped" / last) == hashes(tmp_path / "straight" / last)
+    _, model = export_and_load(tmp_path / "straight", tmp_path / "export")
+    from transformers import AutoModelForCausalLM
+
+    before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    trained = set(CheckpointReader(tmp_path / "straight" / last).parameters)
+    assert changed, "nothing was trained"
+    if way == "last_blocks":
+        assert all(f".{BLOCKS - 1}." in name or "norm" in name or "lm_head" in name for name in changed), changed
+    if way == "patterns" and kind == "mistral":
+        assert changed == {name for name in before if "mlp" in name} == trained
