@@ -17,8 +17,8 @@ FLOORS = {
     **dict.fromkeys(("evaluate", "generate"), 5),
     **dict.fromkeys(("engine", "checkpoint", "probe"), 4),
     **dict.fromkeys(("tokenizer", "data", "model", "optimizer", "loss_scale", "partitioned", "nodes"), 3),
-    **dict.fromkeys(("distributed", "planning", "launch", "report"), 2),
-    **dict.fromkeys(("config", "process", "lease", "verdict", "watchdog", "rendezvous"), 1),
+    **dict.fromkeys(("distributed", "planning", "launch", "report", "fetch"), 2),
+    **dict.fromkeys(("config", "process", "lease", "verdict", "watchdog", "rendezvous", "hub"), 1),
     **dict.fromkeys(("errors", "units"), 0),
 }
 SIDEWAYS = {
@@ -38,6 +38,7 @@ DOORS = {
     "transformers": ("dsgpt.model", "dsgpt.tokenizer", "dsgpt.checkpoint.export"),
     "datasets": ("dsgpt.data",),
     "peft": ("dsgpt.model",),
+    "huggingface_hub": ("dsgpt.hub",),
 }
 # dsgpt.process: a rank has to know its number before torch is imported.
 ENVIRONMENT = ("dsgpt.process", "dsgpt.distributed", "dsgpt.launch", "dsgpt.cli", "dsgpt.quickstart")
@@ -50,6 +51,8 @@ LIGHT = (
     "lease",
     "verdict",
     "watchdog",
+    "hub",
+    "fetch",
     "config",
     "planning",
     "launch",
@@ -77,6 +80,7 @@ HEAVY = {
     "sentencepiece",
     "tokenizers",
     "safetensors",
+    "huggingface_hub",
 }
 TORCH_FREE = (*LIGHT, "tokenizer", "data")
 TORCH_SIDE = {"torch", "deepspeed", "transformers", "datasets", "peft"}

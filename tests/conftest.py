@@ -25,6 +25,7 @@ if not HAS_GPU:
 
 # Imported after the environment is set; pytest finds fixtures by name in this module.
 from tests import pool  # noqa: E402
+from tests.hub_server import hub  # noqa: E402, F401
 from tests.run_fixtures import dataset, write_run  # noqa: E402, F401
 from tests.slurm.lab import why_no_slurm  # noqa: E402
 

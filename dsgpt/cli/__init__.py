@@ -22,6 +22,7 @@ VERBS = {
         "dsgpt.cli.quickstart:quickstart",
         "The whole pipeline on this machine, on text that is already here.",
     ),
+    "fetch": ("dsgpt.cli.fetch:fetch", "Download a model or a data set, for machines without internet."),
     "tokenizer": ("dsgpt.cli.tokenizer:tokenizer", "Train a tokenizer."),
     "data": ("dsgpt.cli.data:data", "Prepare, inspect and verify datasets."),
     "train": ("dsgpt.cli.train:train", "Train, or continue training, the run a config describes."),

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from dsgpt.errors import ConfigError, DataError
+from dsgpt.fetch import RECORD
 
 Documents = Literal["file", "blank-line", "line"]
 DOCUMENTS: tuple[Documents, ...] = ("file", "blank-line", "line")
@@ -112,7 +113,9 @@ Row = Record | BadLine
 
 
 def kind_of(path: str | Path) -> tuple[str, str] | None:
-    """(kind, compression or ""), by name alone; None for what is not read."""
+    """(kind, compression or ""), by name alone; None for what is not read, as the list that `dsgpt fetch` leaves."""
+    if Path(path).name == RECORD:
+        return None
     suffixes = [suffix[1:].lower() for suffix in Path(path).suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     kind = suffixes[-1] if suffixes else ""
