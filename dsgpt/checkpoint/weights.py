@@ -1,7 +1,7 @@
 """Weights from anywhere: a run folder, one of its checkpoints, or a Hugging Face folder.
 
 MODEL on the command line is a run folder (its newest commit; `RUN@STEP` or `RUN@best` for another), a checkpoint folder, or
-a Hugging Face folder such as an export (`hf:FOLDER` says so explicitly).
+a Hugging Face folder such as an export (`hf:FOLDER` says so explicitly, `hf:NAME` is a model in the hub's cache).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dsgpt.checkpoint.plain import PlainWeights
 from dsgpt.checkpoint.reader import CheckpointReader
 from dsgpt.config import HFModelConfig, ModelConfig, parse_model
 from dsgpt.errors import CheckpointError, Problem
+from dsgpt.hub import locate_hf
 from dsgpt.model.build import build_model
 from dsgpt.model.hf_import import _read_files, read_architecture, read_hf_weights
 
@@ -37,9 +38,9 @@ class ModelLocation:
 
 
 def find_model(text: str) -> ModelLocation:
-    """Resolve a MODEL argument. Raises CheckpointError when nothing usable is there."""
+    """Resolve a MODEL argument. Raises CheckpointError when nothing usable is there, ConfigError for an unknown hf:NAME."""
     if text.startswith("hf:"):
-        folder = Path(text[3:])
+        folder = locate_hf(text[3:])
         return ModelLocation(folder, False, folder)
     folder, step = split_step(text)
     if not step and (folder / "config.json").exists():

@@ -16,6 +16,7 @@ from torch import Tensor
 from dsgpt.checkpoint.deepspeed_import import deepspeed_weights
 from dsgpt.checkpoint.weights import checkpoint_weights, hf_weights
 from dsgpt.config import HFModelConfig
+from dsgpt.hub import locate_hf
 from dsgpt.model.lora import base_of_adapter, has_transposed, initial_adapter, is_adapter, plain_name
 from dsgpt.partitioned import Fragment
 from dsgpt.train.resume import find_source
@@ -37,7 +38,7 @@ def read_weights(run: Run) -> None:
     if origin == "checkpoint":
         weights = checkpoint_weights(find_source(place, run.world, verify))
     else:
-        weights = hf_weights(Path(place), run.plan.model, section.trust_checkpoint)
+        weights = hf_weights(locate_hf(place), run.plan.model, section.trust_checkpoint)
     run.engine.load(_with_adapters(run, weights.read), ("master",), 0)
     run.engine.load_buffers(weights.buffers)
     check_model(run)

@@ -18,6 +18,7 @@ from dsgpt.config.model import described_folder
 from dsgpt.config.schema import nearest_divisors
 from dsgpt.data.manifest import TokenizerRecord
 from dsgpt.errors import ConfigError, DataError, Problem
+from dsgpt.hub import locate_hf
 from dsgpt.planning import activation_bytes, parameter_count, resolve_auto, state_bytes
 from dsgpt.train.sources import UNKNOWN, RunData, find_data, tokenizer_record
 from dsgpt.units import format_bytes, format_count
@@ -200,7 +201,9 @@ def _origin(config: RunConfig) -> tuple[str, str]:
     """
     origin, _, location = config.model.init_from.partition(":")
     continues = config.resume != "fresh" and commit.list_committed(config.run.output_dir / "checkpoints")
-    return ("checkpoint", str(config.run.output_dir)) if origin != "scratch" and continues else (origin, location)
+    if origin != "scratch" and continues:
+        return "checkpoint", str(config.run.output_dir)
+    return origin, str(locate_hf(location)) if origin == "hf" else location
 
 
 def _model_config(config: RunConfig, tokenizer: TokenizerRecord | None) -> ModelConfig:
