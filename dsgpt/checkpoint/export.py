@@ -89,10 +89,20 @@ def export_checkpoint(location: ModelLocation, output: Path, check: bool = True)
     return ExportReport(output, architecture, reader_name, parameter_count(config), difference, std)
 
 
-def _as_they_are(weights: PlainWeights) -> Iterator[tuple[str, Tensor]]:
+def _tensors(weights: PlainWeights, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """(name in the export, value), one at a time."""
+    if config.export_format not in ("dsgpt", "transformers"):
+        yield from to_hf(config, weights.tensor)
+        return
+    names: dict[str, str] = {}
+    if isinstance(config, HFModelConfig):
+        from dsgpt.model.hf import names_to_save
+
+        names = names_to_save(config)
     for name in weights.shapes:
-        yield name, weights.tensor(name)
-    yield from weights.reader.buffers().items()
+        yield names.get(name, name), weights.tensor(name)
+    for name, value in weights.reader.buffers().items():
+        yield names.get(name, name), value
 
 
 def _write_tensors(reader: CheckpointReader, config: ModelConfig, folder: Path) -> None:
@@ -108,8 +118,7 @@ def _write_tensors(reader: CheckpointReader, config: ModelConfig, folder: Path) 
         shards.append(list(held))
         held, held_bytes = {}, 0
 
-    weights, own = PlainWeights(reader), config.export_format in ("dsgpt", "transformers")
-    for name, tensor in _as_they_are(weights) if own else to_hf(config, weights.tensor):
+    for name, tensor in _tensors(PlainWeights(reader), config):
         if held and held_bytes + tensor.nbytes > SHARD_BYTES:
             flush()
         held[name] = tensor

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from dsgpt.model.gpt import attention_mask
 
 # Relative differences between two ways of the same mathematics: rounding, not another result.
 MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+# Constants that older releases of transformers saved.
+_COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 _NAMES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer"),
@@ -200,30 +202,69 @@ def _seen_across(model: Any, ids: Tensor) -> float:
 
 
 def names_in_folder(config: HFModelConfig, given: Collection[str]) -> dict[str, str]:
-    """The model's name of every tensor it needs -> its name among the `given` ones, where the base model's prefix may lack.
+    """The model's name of every tensor it needs -> its name among the `given` ones, as transformers renames them.
 
     Raises ConfigError with all that is missing, and all that has no place in the model.
     """
-    with parameters_on_meta():
-        model = build_hf(config)
-    needed = [name for name, _ in model.named_parameters()]
-    needed += [name for name, _ in model.named_buffers() if name in model.state_dict()]
-    base = f"{model.base_model_prefix}."
-    found = {name: name if name in given else name.removeprefix(base) for name in needed}
-    constants = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    used = set(found.values()) | tied
-    problems = [
-        Problem("tensor missing from the folder", seen=name) for name, theirs in found.items() if theirs not in given
-    ]
+    model = _skeleton(config)
+    renamings, converters = _renamings(model)
+    theirs = {apply(renamings, name): name for name in given}
+    converted = sorted(name for name in theirs if any(one.rename_source_key(name)[1] is not None for one in converters))
+    if converted:
+        raise ConfigError(
+            "transformers computes tensors of this architecture from several in the files, which is not implemented",
+            seen=f"{type(model).__name__}: {', '.join(converted[:3])}",
+            do="save the model once with a transformers that keeps them apart, or take another architecture",
+        )
+    base, found, problems = f"{model.base_model_prefix}.", {}, []
+    for name in _needed(model):
+        for candidate in (name, name.removeprefix(base), f"{base}{name}"):
+            if candidate in theirs:
+                found[name] = theirs[candidate]
+                break
+        else:
+            problems.append(Problem("tensor missing from the folder", seen=name))
+    left = theirs.keys() - {apply(renamings, one) for one in found.values()} - set(model.all_tied_weights_keys)
     problems += [
-        Problem("tensor the model has no place for", seen=name)
-        for name in sorted(set(given) - used)
-        if not name.endswith(constants)
+        Problem("tensor the model has no place for", seen=name) for name in sorted(left) if not name.endswith(_COMPUTED)
     ]
     if problems:
         raise ConfigError(problems=problems)
     return found
+
+
+def names_to_save(config: HFModelConfig) -> dict[str, str]:
+    """The model's name of every tensor -> the name that it has in a folder of transformers."""
+    model = _skeleton(config)
+    back = [one.reverse_transform() for one in reversed(_renamings(model)[0])]
+    return {name: apply(back, name) for name in _needed(model)}
+
+
+def _renamings(model: Any) -> tuple[list[Any], list[Any]]:
+    """How transformers renames tensors of files as it reads them, and how it computes them from several."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter
+
+    rules = [one for one in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(one, PrefixChange)]
+    converters = [one for one in rules if isinstance(one, WeightConverter)]
+    return [one for one in rules if one not in converters], converters
+
+
+def apply(renamings: Iterable[Any], name: str) -> str:
+    for one in renamings:
+        name = one.rename_source_key(name)[0]
+    return name
+
+
+def _needed(model: nn.Module) -> list[str]:
+    saved = model.state_dict()
+    return [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name in saved]
+
+
+def _skeleton(config: HFModelConfig) -> Any:
+    """The model with real buffers and parameters without memory."""
+    with parameters_on_meta():
+        return build_hf(config)
 
 
 @contextlib.contextmanager
@@ -232,7 +273,7 @@ def parameters_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
+        if parameter is not None and not parameter.is_meta:  # a tied one must stay the same one
             parameter = nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
@@ -245,6 +286,4 @@ def parameters_on_meta() -> Iterator[None]:
 
 def constants(config: HFModelConfig) -> dict[str, Tensor]:
     """The buffers that are computed, not saved (rotary frequencies), exact in fp32, for a model that was built in 16 bits."""
-    with parameters_on_meta():
-        skeleton = build_hf(config)
-    return dict(skeleton.named_buffers())
+    return dict(_skeleton(config).named_buffers())

@@ -98,7 +98,7 @@ def test_every_architecture_trains_resumes_and_comes_out_again(kind, stage, hf_f
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
     last = f"checkpoints/step-{STEPS:08d}"
     assert hashes(tmp_path / "stopped" / last) == hashes(tmp_path / "straight" / last)
-    report, model = export_and_load(tmp_path / "straight", tmp_path / "export")
+    report, _ = export_and_load(tmp_path / "straight", tmp_path / "export")
     assert report.checked_with == "transformers" and report.logit_difference < 1e-4
 
 
