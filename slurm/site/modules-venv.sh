@@ -14,7 +14,7 @@
 # The interpreter finds an unpacked environment's packages by its own place, so an archive may be unpacked anywhere; what
 # is installed with `pip install -e` stays where it is. Where staging fails, the job says so and uses DSGPT_VENV.
 : "${DSGPT_VENV:?set it in site.sh to the folder of the virtual environment}"
-: "${DSGPT_MODULES=}" "${DSGPT_STAGE=}" "${DSGPT_STAGE_DIR=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}"
+: "${DSGPT_MODULES=}" "${DSGPT_STAGE=}" "${DSGPT_STAGED=}" "${DSGPT_STAGE_DIR=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}"
 
 # A batch shell is not a login shell: `module` may not be there yet.
 if [ -n "$DSGPT_MODULES" ] && ! command -v module >/dev/null; then
@@ -48,7 +48,11 @@ dsgpt_unpack='for old in "${1%/*}"/dsgpt-env-*; do
     [ ! -O "$old" ] || rm -rf -- "$old"
 done
 mkdir -m 700 -- "$1" && tar -xf "$1.tar" -C "$1" && rm -- "$1.tar" && test -x "$1/bin/python"'
-if [ -n "$DSGPT_STAGE" ] && [ -n "${SLURM_JOB_NUM_NODES:-}" ]; then
+# A rehearsal runs train.sbatch within its own job: that one uses what is unpacked already.
+if [ -n "$DSGPT_STAGE" ] && [ "${DSGPT_STAGED%%:*}" = "${SLURM_JOB_ID:-none}" ]; then
+    DSGPT_PYTHON=("${DSGPT_STAGED#*:}/bin/python")
+    export PATH="${DSGPT_STAGED#*:}/bin:$PATH"
+elif [ -n "$DSGPT_STAGE" ] && [ -n "${SLURM_JOB_NUM_NODES:-}" ]; then
     # A name that nobody can have taken before, and a folder that nobody else can write to: code is run from it.
     dsgpt_staged=$DSGPT_STAGE_DIR/dsgpt-env-$SLURM_JOB_ID-$(date +%s)-$RANDOM$RANDOM
     trap dsgpt_unstage EXIT
@@ -63,7 +67,7 @@ if [ -n "$DSGPT_STAGE" ] && [ -n "${SLURM_JOB_NUM_NODES:-}" ]; then
         dsgpt_on_nodes sh -c "$dsgpt_unpack" sh "$dsgpt_staged" "$dsgpt_jobs"; then
         echo "site: $DSGPT_STAGE is unpacked on every node ($SLURM_JOB_NUM_NODES), in $((SECONDS - dsgpt_began)) s" >&2
         DSGPT_PYTHON=("$dsgpt_staged/bin/python")
-        export PATH="$dsgpt_staged/bin:$PATH"
+        export PATH="$dsgpt_staged/bin:$PATH" DSGPT_STAGED="$SLURM_JOB_ID:$dsgpt_staged"
     else
         echo "site: warning: $DSGPT_STAGE could not be staged to $DSGPT_STAGE_DIR; python comes from $DSGPT_VENV" >&2
     fi

@@ -55,6 +55,49 @@ def test_slurm_takes_it(script, cluster, tmp_path):
     assert done.returncode == 0 and "to start at" in done.stderr, done.stderr
 
 
+def run_with(folder: Path, stand_ins: dict[str, str], command: list[str], **environment: str) -> tuple[int, str]:
+    """(exit code, output) of a command that finds these scripts on PATH."""
+    for stand_in, text in stand_ins.items():
+        (folder / stand_in).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / stand_in).chmod(0o755)
+    known = {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder), **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=known, cwd=folder)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", SBATCH, ids=name)
+def test_a_site_file_may_use_what_is_not_set_and_one_that_fails_ends_the_job(script, tmp_path):
+    """Module systems and conda do; a rehearsal that failed there would keep back a job that works."""
+    site, environment = tmp_path / "site.sh", {"DSGPT_SITE": str(tmp_path / "site.sh"), "SLURM_JOB_ID": "1"}
+    shims = dict.fromkeys(("srun", "python", "scontrol"), "exit 3")
+    site.write_text('[ -z "$NOWHERE_SET" ] && echo read\n')
+    code, told = run_with(tmp_path, shims, ["bash", str(script), "x"], DSGPT_SUBMISSION=str(tmp_path), **environment)
+    assert code == 3 and "read" in told and "unbound" not in told, told
+    site.write_text("return 1\n")
+    code, told = run_with(tmp_path, shims, ["bash", str(script), "x"], DSGPT_SUBMISSION=str(tmp_path), **environment)
+    assert code == 78, told
+
+
+def test_a_rehearsal_keeps_the_environment_that_it_unpacked(tmp_path):
+    """Its batch script runs train.sbatch, which reads the site file again: what the outer one calls must stay."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to("/bin/true")
+    subprocess.run(["tar", "-czf", str(tmp_path / "env.tgz"), "-C", str(tmp_path / "venv"), "."], check=True)
+    site = f"DSGPT_VENV={tmp_path}/venv DSGPT_STAGE={tmp_path}/env.tgz DSGPT_STAGE_DIR={tmp_path}/disk\n. {SITES[2]}\n"
+    (tmp_path / "site.sh").write_text(site)
+    (tmp_path / "disk").mkdir()
+    stand_ins = {
+        "srun": 'while [[ $1 = -* ]]; do shift; done; exec "$@"',
+        "sbcast": 'cp "$2" "$3"',
+        "squeue": "echo 7",
+    }
+    inner = '. ./site.sh; "${DSGPT_PYTHON[@]}" && echo inner'
+    outer = f"""set -u; . ./site.sh; bash -c '{inner}'; "${{DSGPT_PYTHON[@]}}" && echo outer"""
+    code, told = run_with(tmp_path, stand_ins, ["bash", "-c", outer], SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES="1")
+    assert code == 0 and told.splitlines()[:2] == ["inner", "outer"] and told.count("is unpacked") == 1, told
+    assert list((tmp_path / "disk").iterdir()) == [], "removed at the end"
+
+
 def test_what_must_be_set_is_named_where_it_is_not():
     for site in SITES:
         command = ["bash", "-c", '. "$1" && echo on', "bash", str(site)]
