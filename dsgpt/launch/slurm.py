@@ -1,7 +1,7 @@
 """What SLURM tells a job: who this rank is, which nodes and GPUs were allocated, when it ends. Torch-free.
 
     adopt_rank_environment()                 inside `srun python -m dsgpt.train …`: RANK and its like from SLURM_*
-    parse_job(text)                          the lines of `scontrol show job -d -o ID`
+    parse_job(text)                          the lines of `TZ=UTC0 scontrol show job -d -o ID`
 
 `srun` starts one task per rank and nothing stands in between: a launcher that does would die of SIGUSR1, or end its ranks
 one after the other. So the ranks read SLURM's variables themselves. Nothing here talks to SLURM's controller, which
@@ -10,6 +10,7 @@ thousands of ranks must not ask; the batch script does, once, and hands the text
 
 from __future__ import annotations
 
+import calendar
 import os
 import re
 import tempfile
@@ -233,15 +234,15 @@ class JobRecord:
 
 
 def parse_time(text: str) -> float | None:
-    """SLURM's local time, "2026-11-26T19:20:44"; None of "Unknown", "None" and the like."""
+    """SLURM's time in UTC, "2026-11-26T19:20:44", as scontrol writes it with TZ=UTC0; None of "Unknown" and the like."""
     try:
-        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+        return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%S")))
     except (ValueError, OverflowError):
         return None
 
 
 def end_time(record: JobRecord | None, environment: Mapping[str, str] = os.environ) -> float | None:
-    """When the job's time is up, in seconds since 1970: SLURM_JOB_END_TIME, which SLURM has since 22.05, else the record."""
+    """When the job's time is up, in seconds since 1970: SLURM_JOB_END_TIME of newer SLURMs, else the record."""
     text = environment.get("SLURM_JOB_END_TIME", "")
     return float(text) if text.isdecimal() else record.end_time if record else None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from dsgpt.errors import ConfigError
@@ -119,6 +121,17 @@ def test_a_record_is_read_whatever_the_job_is_called(name):
 
 def test_a_time_that_is_none():
     assert [slurm.parse_time(text) for text in ("Unknown", "None", "N/A", "")] == [None] * 4
+
+
+def test_times_are_utc_whatever_zone_this_process_is_in(monkeypatch):
+    """The batch script asks for UTC; in a container the zone is often another one than the host's."""
+    monkeypatch.setenv("TZ", "EST5EDT")
+    time.tzset()
+    try:
+        assert slurm.parse_time("1970-01-01T00:01:00") == 60.0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_array_tasks_are_jobs_of_their_own_and_parts_of_a_heterogeneous_job_are_one():
