@@ -74,11 +74,11 @@ def job_ids(run_dir: Path, submissions: Sequence[Submission]) -> list[str]:
     recorded, attempts, holder = starts.read_starts(run_dir), attempts_of(run_dir), read_holder(run_dir)
     own = [recorded[-1].job] if recorded else []
     own += [holder[0].job] if holder else []
-    own += _jobs_of(run_dir / "logs" / attempts[-1]) if attempts else []
+    own += jobs_of(run_dir / "logs" / attempts[-1]) if attempts else []
     return [job for job in dict.fromkeys([*(one.job_id for one in submissions), *own]) if job]
 
 
-def _jobs_of(log_dir: Path) -> list[str]:
+def jobs_of(log_dir: Path) -> list[str]:
     """The job of a start as its batch script knew it, before any rank began; and the one it submitted for what is left."""
     jobs = []
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -1,7 +1,7 @@
 """What the batch script asks before and after `srun`: which ranks to start, and whether the job goes on. Torch-free.
 
-    scontrol show job -d -o ID | python -m dsgpt.train.slurm_job prepare RUN.yaml key=value…
-    scontrol show job -d -o ID | python -m dsgpt.train.slurm_job decide --signals TERM
+    TZ=UTC0 scontrol show job -d -o ID | python -m dsgpt.train.slurm_job prepare RUN.yaml key=value…
+    TZ=UTC0 scontrol show job -d -o ID | python -m dsgpt.train.slurm_job decide USR1 TERM
 
 Both print one decision a line, for bash to carry out (slurm/train.sbatch says what each means): in a container SLURM's
 commands are not there, so they are the script's part. A config that cannot work ends here, on one node, with its code.
@@ -27,12 +27,14 @@ from dsgpt.launch import slurm
 from dsgpt.launch.layout import Layout, choose_layout, write_hostfile
 from dsgpt.process import free_port, new_attempt, scheduler_job
 from dsgpt.train.resolve import nothing_left, resolve_run
+from dsgpt.train.runs import attempts_of, jobs_of
 from dsgpt.verdict import MAX_STARTS_WITHOUT_PROGRESS, Verdict, amend_verdict, read_verdict, record_verdict
 
 MAX_EXCLUDED_SHARE = 0.25
 FAILURES_TO_EXCLUDE = 2
 FAILURES_COUNT_FOR_SECONDS = 7 * 86400.0  # a node is repaired one day
-_TASK_ENDED = re.compile(rb"srun: error: ([\w.-]+): tasks? (\d+)[\d,-]*: (?!Terminated)")
+_TASK_ENDED = re.compile(rb"srun: error: (\S+): tasks? (\d+)[\d,-]*: (?!Terminated)(?:Exited with exit code (\d+))?")
+_CODES_OF_RANKS = [code for code in ExitCode if code > ExitCode.USAGE]  # 1 and 2: a python that cannot start
 SHOWN_CAUSES = ("rank_died", "hang", "infrastructure")
 
 
@@ -52,7 +54,7 @@ def prepare(arguments: Sequence[str], record_text: str) -> Iterator[str]:
     layout, told = layout_for(config, records, failing_hosts(config.run.output_dir))
     yield from (f"say {one_line(text)}" for text in told)
     run = resolve_run(config, world_size=layout.world_size, device="cuda" if has_gpus(layout, config) else "cpu")
-    if left := nothing_left(run):
+    if left := nothing_left(run) or why_chain_ends(run.output_dir):
         yield f"say {left}"
         yield "done"
         return
@@ -122,6 +124,16 @@ def layout_for(config: RunConfig, records: Sequence[slurm.JobRecord], bad: Seque
     return layout, told
 
 
+def why_chain_ends(run_dir: Path) -> str:
+    """Why this part of a chain does not go on: an earlier part ended as no job goes on by itself. "" where it does."""
+    earlier, attempts = slurm.get("DSGPT_CHAIN").split(), attempts_of(run_dir)
+    verdict = read_verdict(run_dir / "logs" / attempts[-1]) if earlier and attempts else None
+    if verdict is None or verdict.requeue or not set(earlier) & set(jobs_of(run_dir / "logs" / attempts[-1])):
+        return ""
+    told = verdict.message.partition("\n")[0] or verdict.cause
+    return f"the chain ends: its last start ended with {verdict.exit_code} ({told}); to go on, submit the run again"
+
+
 def failing_hosts(run_dir: Path) -> list[str]:
     """Hosts whose rank was the first to fail in at least two starts of this run, of late."""
     failed: Counter[str] = Counter()
@@ -142,7 +154,8 @@ def decide(log_dir: Path, record_text: str, signals: Sequence[str]) -> Iterator[
     before = set(failing_hosts(run_dir))
     record = one_record(record_text)
     verdict = read_verdict(log_dir) or record_verdict(log_dir, _without_verdict(log_dir))
-    verdict = with_first_failed(verdict, log_dir, record)
+    if "TERM" not in signals:  # else SLURM may have ended the ranks itself, as it does with those of a lost node
+        verdict = with_first_failed(verdict, log_dir, record)
     yield f"say {one_line(verdict.message or 'finished')}"
     over = why_over(record, signals)
     if not verdict.requeue or over or slurm.get("DSGPT_REQUEUE") == "no":
@@ -153,7 +166,7 @@ def decide(log_dir: Path, record_text: str, signals: Sequence[str]) -> Iterator[
         return
     if bad := sorted(set(failing_hosts(run_dir)) | before):
         yield f"say a rank failed first, twice, on: {', '.join(bad)}"
-        yield f"exclude {','.join(bad)}"
+        yield f"exclude {excluded(record, bad)}"
     yield from (f"sbatch {option}" for option in successor_options(record, bad))
     yield "requeue"
 
@@ -210,7 +223,8 @@ def log_bytes(record: slurm.JobRecord | None) -> int:
 def first_failed_task(log_dir: Path, record: slurm.JobRecord | None) -> tuple[int, str] | None:
     """(rank, host) that srun itself saw end first in this start, from the job's log; None where it cannot be read.
 
-    A rank's own lines carry its number (srun --label), so that none of them can pass for one of srun's.
+    A rank's own lines carry its number (srun --label), so that none of them can pass for one of srun's. A rank that left
+    with a code of ours could tell and blamed nobody: it lost a peer, whose end srun has not seen.
     """
     try:
         began = json.loads((log_dir / "job.json").read_text("utf-8"))["log_bytes"]
@@ -218,13 +232,14 @@ def first_failed_task(log_dir: Path, record: slurm.JobRecord | None) -> tuple[in
             file.seek(began)
             for line in file:
                 if match := _TASK_ENDED.match(line):
-                    return int(match[2]), match[1].decode()
+                    host, told = match[1].decode(), match[3] and int(match[3]) in _CODES_OF_RANKS
+                    return None if told or "[" in host else (int(match[2]), host)  # several hosts at once: nobody first
     except (OSError, ValueError, KeyError, TypeError):
         pass  # another file system, or inside a container: the host stays unknown
     return None
 
 
-# field of the record -> sbatch's option; "(null)" and "N/A" are left out
+# field of the record -> sbatch's option; _NOTHING is left out
 _OPTIONS = {
     "Partition": "--partition",
     "Account": "--account",
@@ -235,28 +250,39 @@ _OPTIONS = {
     "MinMemoryNode": "--mem",
     "MinMemoryCPU": "--mem-per-cpu",
     "Features": "--constraint",
+    "ReqNodeList": "--nodelist",
+    "ExcNodeList": "--exclude",
     "Licenses": "--licenses",
     "Reservation": "--reservation",
     "JobName": "--job-name",
     "StdOut": "--output",
 }
 _RESOURCES = {"TresPerNode": "--gres", "TresPerJob": "--gpus", "TresPerTask": "--gpus-per-task"}
+_NOTHING = ("(null)", "N/A", "")
 
 
-def successor_options(record: slurm.JobRecord | None, excluded: Sequence[str]) -> Iterator[str]:
+def excluded(record: slurm.JobRecord | None, bad: Sequence[str]) -> str:
+    """The nodes that the job is not to get: those it was submitted without, which this list replaces, and the bad ones."""
+    asked = record.fields.get("ExcNodeList", "") if record else ""
+    if asked in _NOTHING:
+        return ",".join(bad)
+    return ",".join([asked, *sorted(set(bad) - set(slurm.expand_hosts(asked)))])
+
+
+def successor_options(record: slurm.JobRecord | None, bad: Sequence[str]) -> Iterator[str]:
     """Options of sbatch that ask for the same again, for sites that refuse `scontrol requeue`.
 
     A script made by `dsgpt submit` holds its options itself. A heterogeneous job has no such command.
     """
-    if excluded:
-        yield f"--exclude={','.join(excluded)}"
+    if bad:
+        yield f"--exclude={excluded(record, bad)}"
     if task := slurm.get("SLURM_ARRAY_TASK_ID"):
         yield f"--array={task}"
     if record is None or slurm.get("DSGPT_SUBMISSION"):
         return
     for name, option in _OPTIONS.items():
         value = record.fields.get(name, "(null)")
-        if value not in ("(null)", "N/A", "") and "\n" not in value:
+        if value not in _NOTHING and "\n" not in value and not (bad and option == "--exclude"):
             value = value.replace("%", "%%") if name == "StdOut" else value
             yield f"{option}={value}"
     for name, option in _RESOURCES.items():

@@ -88,8 +88,8 @@ class SubmissionPlan:
     def kinds(self) -> list[str]:
         return [*(["rehearse"] if self.rehearsal else []), *["train"] * self.asked.chain]
 
-    def files(self, folder: Path, kind: str, after: Sequence[str]) -> Files:
-        """The files of one job that waits for `after` (sbatch's words for it)."""
+    def files(self, folder: Path, kind: str, after: Sequence[str], earlier: Sequence[str] = ()) -> Files:
+        """The files of one job that waits for `after` (sbatch's words); `earlier` are the parts of its chain before it."""
         given = self.asked.options.get("dependency")
         dependency = ",".join([*after, *([given] if given else [])])
         options = {**self.options, "dependency": dependency, "kill-on-invalid-dep": "yes"}
@@ -112,7 +112,7 @@ class SubmissionPlan:
             script, words = "train.sbatch", [str(folder / "config.yaml"), *self.task_words]
             texts["config.yaml"] = to_yaml(self.loaded.config)
             if self.asked.chain > 1:
-                exports["DSGPT_REQUEUE"] = "no"
+                exports |= {"DSGPT_REQUEUE": "no", "DSGPT_CHAIN": " ".join(earlier)}
         texts[script] = sbatch.render(packaged, options, exports)
         return Files(folder, kind, texts, options, ("sbatch", "--parsable", str(folder / script), *words))
 
@@ -128,7 +128,10 @@ class SubmissionPlan:
         number, found = next_number(self.base), []
         for index, (kind, after) in enumerate(zip(self.kinds, self._waits(), strict=True)):
             folder = self.base / "submissions" / str(number + index)
-            found.append(self.files(folder, kind, [one.format(number + job) for one, job in after]))
+            earlier = [
+                f"<job of submission {number + part}>" for part in range(len(self.kinds) - self.asked.chain, index)
+            ]
+            found.append(self.files(folder, kind, [one.format(number + job) for one, job in after], earlier))
         return found
 
     def _waits(self) -> Iterator[list[tuple[str, int]]]:
@@ -307,7 +310,7 @@ def queue(plan: SubmissionPlan) -> list[Submission]:
             after = [f"afterok:{done[0].job_id}"] if plan.rehearsal and index else []
             after += [f"afterany:{done[-1].job_id}"] if done and done[-1].kind == "train" else []
             waits_for = done[0].job_id if plan.rehearsal and index else ""
-            submission = _queue_one(plan, kind, after)
+            submission = _queue_one(plan, kind, after, [one.job_id for one in done if one.kind == "train"])
             done.append(replace(submission, after=waits_for))
             undo.callback(cancel, [submission.job_id])
             record(submission.folder, done[-1])
@@ -315,10 +318,10 @@ def queue(plan: SubmissionPlan) -> list[Submission]:
     return done
 
 
-def _queue_one(plan: SubmissionPlan, kind: str, after: Sequence[str]) -> Submission:
+def _queue_one(plan: SubmissionPlan, kind: str, after: Sequence[str], earlier: Sequence[str]) -> Submission:
     folder = create_folder(plan.base)
     try:
-        files = plan.files(folder, kind, after)
+        files = plan.files(folder, kind, after, earlier)
         for name, text in files.texts.items():
             (folder / name).write_text(text, "utf-8")
         job = sbatch.submit(files.command, files.options)

@@ -32,7 +32,7 @@ VARIABLES = {
 def job(monkeypatch):
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
-    for name in ("DSGPT_REQUEUE", "DSGPT_SUBMISSION", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_END_TIME"):
+    for name in ("DSGPT_REQUEUE", "DSGPT_CHAIN", "DSGPT_SUBMISSION", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_END_TIME"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -138,6 +138,67 @@ def test_where_no_rank_lived_to_tell_srun_has_seen_who_ended_first(job, tmp_path
     assert list(slurm_job.decide(log_dir, record, []))[-1] == "requeue"
     verdict = read_verdict(log_dir)
     assert (verdict.cause, verdict.rank, verdict.host) == ("rank_died", 1, "node2")
+
+
+BYSTANDER = "srun: error: node1: task 0: Exited with exit code 76\n"
+
+
+@pytest.mark.parametrize(
+    ("told", "signals", "blamed"),
+    [
+        (BYSTANDER, [], ("", -1)),  # node2 has no power: rank 0 lost its peer, waited, and left by itself
+        (BYSTANDER + "srun: error: node2: task 1: Killed\n", [], ("", -1)),  # srun's doing, after the first had left
+        (
+            "srun: error: node2: task 1: Killed\n",
+            ["TERM"],
+            ("", -1),
+        ),  # SLURM ends the job, and what is left of its ranks
+        ("srun: error: node[1-2]: tasks 0-1: Killed\nsrun: error: node1: task 0: Killed\n", [], ("", -1)),
+        ("srun: error: node2: task 1: Exited with exit code 2\n", [], ("node2", 1)),  # no python there
+    ],
+)
+def test_a_host_whose_ranks_only_lost_a_peer_is_not_blamed(job, tmp_path, write_run, told, signals, blamed):
+    """T614: two such ends would exclude the healthy node of the two."""
+    log = tmp_path / "job.log"
+    record = RUNNING.replace("/home/a b/out.log", str(log))
+    log_dir = Path(value(prepare(write_run(), record=record), "DSGPT_LOG_DIR"))
+    log.write_text(told, "utf-8")
+    record_verdict(log_dir, Verdict(76, "infrastructure", "rank 0 lost a peer"))
+    list(slurm_job.decide(log_dir, record, signals))
+    verdict = read_verdict(log_dir)
+    assert (verdict.host, verdict.rank) == blamed
+
+
+def test_hosts_that_were_never_to_be_used_stay_so(job, tmp_path):
+    """ExcNodeList of `scontrol update` and --exclude of a successor replace what the job was submitted with."""
+    record = RUNNING.replace("Features=", "ExcNodeList=node[7-9] Features=")
+    for number in range(2):
+        log_dir = end_of(tmp_path, 76, "rank_died", str(number), rank=1, host="node2")
+    lines = list(slurm_job.decide(log_dir, record, []))
+    assert "exclude node[7-9],node2" in lines
+    assert [line for line in lines if "--exclude" in line] == ["sbatch --exclude=node[7-9],node2"]
+    again = RUNNING.replace("Features=", "ExcNodeList=node[2,7-9] Features=")
+    assert "exclude node[2,7-9]" in list(slurm_job.decide(log_dir, again, []))
+    lines = list(slurm_job.decide(end_of(tmp_path / "other", 75), record, []))
+    assert "sbatch --exclude=node[7-9]" in lines
+
+
+@pytest.mark.parametrize(
+    ("code", "goes_on"), [(0, False), (65, False), (79, False), (93, False), (75, True), (76, True)]
+)
+def test_a_chain_goes_on_only_where_a_job_would_be_requeued(job, write_run, tmp_path, monkeypatch, code, goes_on):
+    """STOP (0), bad data (65), bad numbers (79): its other parts wait in the queue, and must not train."""
+    monkeypatch.setenv("DSGPT_REQUEUE", "no")
+    monkeypatch.setenv("DSGPT_CHAIN", "12 13")
+    first = Path(value(prepare(write_run()), "DSGPT_LOG_DIR"))
+    monkeypatch.setenv("SLURM_JOB_ID", "14")
+    record_verdict(first, Verdict(code, "x", "why"))
+    lines = prepare(write_run())
+    assert ("done" in lines) is not goes_on
+    if not goes_on:
+        assert f"say the chain ends: its last start ended with {code} (why); to go on, submit the run again" in lines
+        monkeypatch.setenv("DSGPT_CHAIN", "")
+        assert "done" not in prepare(write_run()), "the first part of another chain"
 
 
 def test_a_host_that_fails_first_twice_is_excluded_and_most_are_not(job, tmp_path, write_run):
