@@ -102,3 +102,11 @@ def late_steps(run: Run) -> dict[str, int]:
     plan = plan_training(names, run.plan.config.fine_tuning, parts, run.num_last_blocks, run.state.step)
     steps = run.state.optimizer_steps
     return {name: steps - run.unfrozen[one.stage - 1] for name, one in plan.items() if one and one.stage}
+
+
+def check_model(engine: Engine, plan: ResolvedRun) -> None:
+    """Whenever weights of a model of transformers were read: that it computes what is expected of it (model/hf.py)."""
+    if isinstance(plan.model, HFModelConfig):
+        from dsgpt.model.hf import check_forward
+
+        check_forward(engine.module, plan.model.vocab_size, engine.world.device)

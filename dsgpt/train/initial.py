@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dsgpt.checkpoint.deepspeed_import import deepspeed_weights
 from dsgpt.checkpoint.weights import checkpoint_weights, hf_weights
-from dsgpt.config import HFModelConfig
 from dsgpt.hub import locate_hf
 from dsgpt.model.lora import base_of_adapter, has_transposed, initial_adapter, is_adapter, plain_name
 from dsgpt.partitioned import Fragment
+from dsgpt.train.build import check_model
 from dsgpt.train.resume import find_source
 
 if TYPE_CHECKING:
@@ -41,15 +41,7 @@ def read_weights(run: Run) -> None:
         weights = hf_weights(locate_hf(place), run.plan.model, section.trust_checkpoint)
     run.engine.load(_with_adapters(run, weights.read), ("master",), 0)
     run.engine.load_buffers(weights.buffers)
-    check_model(run)
-
-
-def check_model(run: Run) -> None:
-    """Before a model of transformers is trained: that it computes what is expected of it (model/hf.py)."""
-    if isinstance(run.plan.model, HFModelConfig):
-        from dsgpt.model.hf import check_forward
-
-        check_forward(run.engine.module, run.plan.model.vocab_size, run.world.device)
+    check_model(run.engine, run.plan)
 
 
 def _with_adapters(run: Run, read: Source) -> Source:

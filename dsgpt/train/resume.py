@@ -18,7 +18,7 @@ from dsgpt.checkpoint.store import find_checkpoint, load_state, verify_share
 from dsgpt.distributed import World
 from dsgpt.errors import CheckpointError, ConfigError, DamagedError, DsgptError, LockedError, NoProgressError
 from dsgpt.optimizer import learning_rate
-from dsgpt.train.build import late_steps
+from dsgpt.train.build import check_model, late_steps
 from dsgpt.train.changes import changed_keys
 from dsgpt.train.folder import versions
 from dsgpt.train.order import appended_text, continue_order, differences, first_segments
@@ -241,6 +241,7 @@ def _restore(run: Run, continuation: Continuation) -> None:
         reader.manifest.get("unfrozen", []), run.state.step, run.state.optimizer_steps
     )
     thawed = load_state(run.engine, reader, late_steps(run))
+    check_model(run.engine, run.plan)
     if thawed:
         shown = ", ".join(thawed[:3]) + (f" and {len(thawed) - 3} more" if len(thawed) > 3 else "")
         run.log.event("thawed", f"trained from here on, with moments of zero: {shown}", parameters=len(thawed))
