@@ -89,6 +89,12 @@ def construct(
     return module
 
 
+def gather_for(layer: nn.Module, parameter: nn.Parameter) -> None:
+    """Under ZeRO-3 gather a parameter of another layer too whenever this one computes."""
+    if hasattr(parameter, "ds_id"):
+        deepspeed.zero.register_external_parameter(layer, parameter)
+
+
 def give_values(module: nn.Module) -> None:
     """Values to rehearse with, for a model that was built without any: its own are read into it later."""
     for name, parameter in module.named_parameters():

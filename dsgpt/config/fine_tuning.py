@@ -6,11 +6,18 @@ A block is a transformer block, counted from the input; the last one stands befo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from dsgpt.config.fields import Bool, Count, CountOrZero, Real, Section
+
+
+def _as_number(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+Step = Annotated[int, BeforeValidator(_as_number), Field(ge=1)]  # as the key of a mapping
 
 
 class LoraSection(Section):
@@ -52,7 +59,7 @@ class FineTuningSection(Section):
         default={},
         description="factor on the learning rate by pattern of parameter names; the first pattern that fits counts",
     )
-    unfreeze_at: dict[CountOrZero, Count | Literal["all"]] = Field(
+    unfreeze_at: dict[Step, Count | Literal["all"]] = Field(
         default={},
         description="from this step on so many last blocks are trained, or all of the model: {1000: 4, 2000: all}",
     )

@@ -12,11 +12,13 @@ piece, and because the values must not depend on the number of ranks.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,8 +105,33 @@ def add_adapters(model: nn.Module, settings: LoraSection, prefix: str) -> list[s
         use_dora=settings.use_dora,
         init_lora_weights=False,
     )
-    inject_adapter_in_model(config, model)
+    with _without_peft_norms():
+        inject_adapter_in_model(config, model)
     return chosen
+
+
+@contextlib.contextmanager
+def _without_peft_norms() -> Iterator[None]:
+    """DoRA's magnitude is 1 until `initial_adapter` gives it: peft would measure matrices that are not read yet, or of which
+    ZeRO-3 has left an empty piece."""
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    def ones(layer: Any, *, base_layer: Any, **unused: Any) -> None:
+        layer.weight = nn.Parameter(torch.ones(getattr(base_layer, "out_features", None) or base_layer.nf))
+
+    original, DoraLinearLayer.update_layer = DoraLinearLayer.update_layer, ones
+    try:
+        yield
+    finally:
+        DoraLinearLayer.update_layer = original
+
+
+def weights_used_outside(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """(layer, weight of a layer in it) that DoRA computes with itself: ZeRO-3 must gather them for the outer layer too."""
+    for module in model.modules():
+        if getattr(module, "lora_magnitude_vector", None):
+            for inner in (module.base_layer, module.lora_A["default"], module.lora_B["default"]):
+                yield module, inner.weight
 
 
 def initial_adapter(name: str, shape: Sequence[int], seed: int, matrix: Callable[[], Tensor]) -> Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from dsgpt.config import HFModelConfig, RunConfig
 from dsgpt.config.fine_tuning import Trained
 from dsgpt.distributed import World
-from dsgpt.engine import Engine, construct, give_values
+from dsgpt.engine import Engine, construct, gather_for, give_values
 from dsgpt.errors import ConfigError
 from dsgpt.model.build import blocks_of, blocks_prefix, build_model
-from dsgpt.model.lora import add_adapters
+from dsgpt.model.lora import add_adapters, weights_used_outside
 from dsgpt.model.recompute import apply_activation_checkpointing
 from dsgpt.model.trainable import Parts, first_trained_block, freeze, plan_training, table
 from dsgpt.optimizer import build_optimizer
@@ -34,6 +34,8 @@ def build_engine(plan: ResolvedRun, world: World, log: RunLog, step: int, num_la
     model = construct(lambda: _adapted(plan), plan.deepspeed, _constants(plan))
     if isinstance(plan.model, HFModelConfig):
         give_values(model)
+    for layer, parameter in weights_used_outside(model):
+        gather_for(layer, parameter)
     parts = Parts.of(model, plan.model.num_hidden_layers)
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     trained = plan_training(list(shapes), settings, parts, num_last_blocks, step)
