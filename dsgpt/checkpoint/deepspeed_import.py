@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from dsgpt.checkpoint.deepspeed_files import DeepSpeedFolder, find_deepspeed
@@ -27,9 +26,10 @@ from dsgpt.checkpoint.deepspeed_state import MASTER, DeepSpeedState
 from dsgpt.checkpoint.weights import InitialWeights, hf_weights
 from dsgpt.config import ModelConfig
 from dsgpt.distributed import World
-from dsgpt.errors import CheckpointError, ConfigError, DsgptError, Problem
-from dsgpt.model.gpt import GPT
-from dsgpt.model.hf_format import Part, find_parts, take_part
+from dsgpt.errors import CheckpointError, ConfigError, DsgptError
+from dsgpt.model.build import model_shapes
+from dsgpt.model.hf_format import Part, find_parts
+from dsgpt.model.tensor_reader import PartReader, TensorReader, refuse_other_shapes
 
 if TYPE_CHECKING:
     from dsgpt.partitioned import Fragment
@@ -102,7 +102,7 @@ def _from_safetensors(folder: DeepSpeedFolder, config: ModelConfig, trust: bool)
     why = "the optimizer's files are missing"
     text = f"imported {folder.safetensors}: weights from its safetensors; no moments, because {why}; {_LEFT}"
     told = {"weights": "safetensors", "moments": False, "why": why, "optimizer_steps": 0}
-    return DeepSpeedWeights(source.read, source.buffers, text=text, told=told)
+    return DeepSpeedWeights(source.read, source.buffers, source.bytes_read, text=text, told=told)
 
 
 def _from_states(
@@ -130,7 +130,26 @@ def _from_states(
     }  # fmt: skip
     found = {} if why else state.loss_scale
     buffers = {name: reader.whole(name) for name in reader.buffers}
-    return DeepSpeedWeights(reader.read, buffers, (MASTER,) if why else kinds, step, found, f"{text}; {_LEFT}", told)
+    return DeepSpeedWeights(
+        reader.read,
+        buffers,
+        kinds=(MASTER,) if why else kinds,
+        optimizer_steps=step,
+        loss_scale=found,
+        text=f"{text}; {_LEFT}",
+        told=told,
+    )
+
+
+class _Kind(TensorReader):
+    """The checkpoint's masters, or one kind of moments, under their names without prefixes: `raw` gives those with."""
+
+    def __init__(self, state: DeepSpeedState, raw: Mapping[str, str], kind: str):
+        self._state, self._raw, self._kind = state, raw, kind
+        self.shapes = {name: state.shapes[one] for name, one in raw.items()}
+
+    def read(self, name: str, start: int, numel: int) -> Tensor:
+        return self._state.read(self._raw[name], self._kind, start, numel)
 
 
 class _NativeReader:
@@ -139,34 +158,18 @@ class _NativeReader:
     def __init__(self, state: DeepSpeedState, config: ModelConfig):
         self.state = state
         self._raw = {_stripped(name): name for name in state.shapes}
-        shapes = {name: state.shapes[raw] for name, raw in self._raw.items()}
-        with torch.device("meta"):
-            model = GPT(config)
-        wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.buffers = [name for name, _ in model.named_buffers()]
-        wanted |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
+        masters = _Kind(state, self._raw, MASTER)
+        parameters, buffers = model_shapes(config)
+        self.buffers, wanted = list(buffers), parameters | buffers
         if config.tie_word_embeddings:
             self._refuse_untied()
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        if config.export_format == "dsgpt" or wanted.keys() <= shapes.keys():
-            self.parts = {name: Part(name) for name in wanted if name in shapes}
-            names = [
-                (name, shapes.get(name)) for name in sorted((wanted.keys() | shapes.keys()) - (tied - wanted.keys()))
-            ]
+        if config.export_format == "dsgpt" or wanted.keys() <= masters.shapes.keys():
+            shared = {"lm_head.weight"} if config.tie_word_embeddings else set()
+            self._parts = {name: Part(name) for name in masters.shapes.keys() - shared}
         else:
-            self.parts = find_parts(config, shapes)
-            names = [(name, _part_shape(shapes[part.source], part)) for name, part in sorted(self.parts.items())]
-        problems = [
-            Problem(
-                f"the checkpoint does not fit the model: {name}",
-                seen=f"{there or 'missing'}, expected {wanted.get(name, 'no such')}",
-            )
-            for name, there in names
-            if there != wanted.get(name)
-        ]
-        if problems:
-            raise ConfigError(problems=problems)
-        self.shapes, self._kept = shapes, {}
+            self._parts = find_parts(config, masters.shapes)
+        self._readers = {MASTER: PartReader(masters, self._parts)}
+        refuse_other_shapes("the checkpoint does not fit the model", self._readers[MASTER].shapes, wanted)
 
     def _refuse_untied(self) -> None:
         for name, raw in self._raw.items():
@@ -183,35 +186,21 @@ class _NativeReader:
 
     def trained(self, native: str) -> bool:
         """Whether the checkpoint has the optimizer's state of a parameter, and of it alone."""
-        raw = self._raw[self.parts[native].source]
-        return raw in self.state.trained
+        return self._raw[self._parts[native].source] in self.state.trained
 
     def read(self, fragment: Fragment, kind: str) -> Tensor:
-        part = self.parts[fragment.name]
-        raw, shape = self._raw[part.source], self.shapes[part.source]
-        if part.transposed:
-            return take_part(self._whole(raw, shape, kind), part).flatten()[fragment.start :][: fragment.numel]
-        row = shape[1:].numel() if isinstance(shape, torch.Size) else torch.Size(shape[1:]).numel()
-        return self.state.read(raw, kind, part.row * row + fragment.start, fragment.numel)
-
-    def _whole(self, raw: str, shape: tuple[int, ...], kind: str) -> Tensor:
-        """A whole tensor of the checkpoint; kept until another one of its kind is asked for, since three may lie in it."""
-        if self._kept.get(kind, ("",))[0] != raw:
-            self._kept[kind] = raw, self.state.read(raw, kind, 0, torch.Size(shape).numel()).view(shape)
-        return self._kept[kind][1]
+        if kind not in self._readers:
+            self._readers[kind] = PartReader(_Kind(self.state, self._raw, kind), self._parts)
+        return self._readers[kind].read(fragment.name, fragment.start, fragment.numel)
 
     def whole(self, native: str) -> Tensor:
-        return self.state.whole[self._raw[self.parts[native].source]]
+        return self.state.whole[self._raw[self._parts[native].source]]
 
 
 def _stripped(name: str) -> str:
     for prefix in _PREFIXES * 2:
         name = name.removeprefix(prefix)
     return name
-
-
-def _part_shape(shape: tuple[int, ...], part: Part) -> tuple[int, ...]:
-    return tuple(take_part(torch.empty(shape, device="meta"), part).shape)
 
 
 def _why_not(reader: _NativeReader, trained: Mapping[str, tuple[int, ...]], kinds: tuple[str, ...]) -> str:

@@ -21,8 +21,6 @@ imported: the writer process starts in 0.1 s.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 import zlib
 from array import array
@@ -34,15 +32,13 @@ from typing import Any
 from dsgpt.checkpoint.commit import fsync_path, retrying
 from dsgpt.checkpoint.ranges import widened
 from dsgpt.errors import DamagedError
+from dsgpt.model.safetensors_header import ITEM_BYTES, Place, lay_out, num_bytes, read_header
 
 BLOCK_BYTES = 16384
 CHUNK_BYTES = 256 * BLOCK_BYTES
 WRITE_BYTES = 64 * BLOCK_BYTES  # stays in a core's cache between its checksums and its write, beside a training process
 PAGE_BYTES = 1024  # of the table of checksums
 CHECKSUMS = "checksums"
-ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
-_LENGTH_BYTES = 8  # of the header, before it
-_LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
 def file_order(name: str, dtype: str) -> tuple[int, str]:
@@ -67,24 +63,12 @@ class Layout:
     """
 
     def __init__(self, tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: dict[str, str] | None = None):
-        table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-        position, blocks = 0, 0
-        for name, dtype, shape in sorted(tensors, key=lambda one: file_order(one[0], one[1])):
-            size = ITEM_BYTES[dtype] * math.prod(shape)
-            table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
-            position, blocks = position + size, blocks + _num_blocks(size)
-        end = position + sum(_table_bytes(blocks))
-        table[CHECKSUMS] = {"dtype": "U8", "shape": [end - position], "data_offsets": [position, end]}
-        text = json.dumps(table, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % _LENGTH_BYTES)
-        self.header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
-        offset = len(self.header)
-        self.ranges = {
-            name: (offset + entry["data_offsets"][0], offset + entry["data_offsets"][1])
-            for name, entry in table.items()
-            if name not in ("__metadata__", CHECKSUMS)
-        }
-        self.size = offset + end
+        ordered = sorted(tensors, key=lambda one: file_order(one[0], one[1]))
+        blocks = sum(_num_blocks(num_bytes(dtype, shape)) for _, dtype, shape in ordered)
+        checksums = (CHECKSUMS, "U8", (sum(_table_bytes(blocks)),))
+        self.header, places = lay_out([*ordered, checksums], metadata)
+        self.size = places.pop(CHECKSUMS).stop
+        self.ranges = {name: (place.start, place.stop) for name, place in places.items()}
 
     @property
     def data_bytes(self) -> int:
@@ -162,26 +146,21 @@ class StateFile:
         self.path, self.bytes_read = path, 0
         self._check = check and "crc32" in entry
         self._pages: dict[int, memoryview] = {}
-        self._table: dict[str, Any] = {}
+        self._table: dict[str, Place] = {}
         self._descriptor: int | None = self._open()
         if places is not None:
             self._places = places
             self._open_checksums(entry)
             return
-        length = int.from_bytes(self._pread(0, _LENGTH_BYTES), "little")
-        if length > _LARGEST_HEADER:
-            raise DamagedError("a file of the checkpoint has no header", seen=str(path))
-        header = self._pread(_LENGTH_BYTES, length)
         try:
-            self._table = json.loads(header)
-            names = [name for name in self._table if name not in ("__metadata__", CHECKSUMS)]
-            offsets = [self._table[name]["data_offsets"] for name in names]
-            order = {name: number for number, name in enumerate(names)}
-            self._places = Places(order, (stop - start for start, stop in offsets), _LENGTH_BYTES + length)
+            header, self._table = read_header(self._pread)
+            names = [name for name in self._table if name != CHECKSUMS]
+            sizes = (place.stop - place.start for name, place in self._table.items() if name != CHECKSUMS)
+            self._places = Places({name: number for number, name in enumerate(names)}, sizes, len(header))
             self._open_checksums(entry)
-        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise DamagedError("the header of a file of the checkpoint is damaged", seen=f"{path}: {error}") from error
-        if self._check and zlib.crc32(length.to_bytes(_LENGTH_BYTES, "little") + header) != self._checksum(0):
+        if self._check and zlib.crc32(header) != self._checksum(0):
             raise DamagedError("a file's header differs from its checksum", seen=str(path))
 
     def _open(self) -> int:
@@ -243,8 +222,8 @@ class StateFile:
     def shape_of(self, name: str) -> tuple[str, tuple[int, ...]]:
         """(safetensors dtype, shape) of a tensor. Raises DamagedError where there is none of this name."""
         try:
-            return self._table[name]["dtype"], tuple(self._table[name]["shape"])
-        except (KeyError, TypeError) as error:
+            return self._table[name].dtype, self._table[name].shape
+        except KeyError as error:
             raise DamagedError("a file of the checkpoint lacks a tensor", seen=f"{name} in {self.path}") from error
 
     def read(self, name: str, start: int, stop: int, into: memoryview) -> None:

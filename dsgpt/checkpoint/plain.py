@@ -7,17 +7,15 @@ What has no adapter is read by range, as the reader does it. A matrix with one i
 
 from __future__ import annotations
 
-import math
-from functools import cached_property
-
 from torch import Tensor
 
 from dsgpt.checkpoint.reader import MASTER, CheckpointReader
 from dsgpt.config import LoraSection
 from dsgpt.model.lora import adapter_names, base_name, is_adapter, merged, plain_name
+from dsgpt.model.tensor_reader import TensorReader
 
 
-class PlainWeights:
+class PlainWeights(TensorReader):
     """Names, shapes and fp32 values of a committed checkpoint's parameters. Raises what the reader raises."""
 
     def __init__(self, reader: CheckpointReader):
@@ -25,20 +23,16 @@ class PlainWeights:
         saved = dict(reader.manifest.get("lora", {}))
         self._transposed = saved.pop("transposed", False)
         self._lora = LoraSection.model_validate(saved)
+        self._saved = reader.parameters | reader.frozen
+        self.shapes = {plain_name(name): shape for name, shape in self._saved.items() if not is_adapter(name)}
 
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """By plain name."""
-        saved = self.reader.parameters | self.reader.frozen
-        return {plain_name(name): shape for name, shape in saved.items() if not is_adapter(name)}
-
-    def tensor(self, name: str) -> Tensor:
-        return self.read(name, 0, math.prod(self.shapes[name])).view(self.shapes[name])
+    @property
+    def bytes_read(self) -> int:
+        return self.reader.bytes_read
 
     def read(self, name: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of the flattened parameter."""
-        saved = self.reader.parameters | self.reader.frozen
-        base = base_name(name)
+        saved, base = self._saved, base_name(name)
         if base not in saved:
             return self.reader.read(name, MASTER, start, numel)
         matrix = self.reader.tensor(base)

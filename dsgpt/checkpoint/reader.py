@@ -23,17 +23,14 @@ import torch
 from torch import Tensor
 
 from dsgpt.checkpoint import commit
-from dsgpt.checkpoint.files import ITEM_BYTES, Places, StateFile, file_order
+from dsgpt.checkpoint.files import Places, StateFile, file_order
 from dsgpt.checkpoint.ranges import held, overlaps
 from dsgpt.errors import CheckpointError, DamagedError
+from dsgpt.model.safetensors_folder import DTYPES, bytes_of
+from dsgpt.model.safetensors_header import ITEM_BYTES
 
 MASTER = "master"
 MAX_OPEN = 256
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def partition_file(rank: int) -> str:
@@ -46,11 +43,6 @@ def frozen_file(rank: int) -> str:
 
 def buffer_key(name: str) -> str:
     return f"buffer:{name}"
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
 
 
 class CheckpointReader:

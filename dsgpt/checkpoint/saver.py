@@ -38,11 +38,12 @@ from torch import Tensor
 
 from dsgpt.checkpoint import commit
 from dsgpt.checkpoint.files import Layout, write_file
-from dsgpt.checkpoint.reader import DTYPE_NAMES, buffer_key, bytes_of, frozen_file, partition_file
+from dsgpt.checkpoint.reader import buffer_key, frozen_file, partition_file
 from dsgpt.checkpoint.writer import WriterProcess, write_memory
 from dsgpt.distributed import World
 from dsgpt.engine import Engine
 from dsgpt.errors import LockedError, SaveError
+from dsgpt.model.safetensors_folder import DTYPE_NAMES, bytes_of
 from dsgpt.partitioned import Fragment
 
 POLL_SECONDS = 0.05

@@ -6,7 +6,7 @@ a Hugging Face folder such as an export (`hf:FOLDER` says so explicitly, `hf:NAM
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +21,9 @@ from dsgpt.checkpoint.reader import CheckpointReader
 from dsgpt.config import HFModelConfig, ModelConfig, parse_model
 from dsgpt.errors import CheckpointError, Problem
 from dsgpt.hub import locate_hf
-from dsgpt.model.build import build_model
-from dsgpt.model.hf_import import _read_files, read_architecture, read_hf_weights
+from dsgpt.model.build import build_model, model_shapes
+from dsgpt.model.hf_import import open_hf_weights, read_architecture
+from dsgpt.model.tensor_reader import TensorReader, refuse_other_shapes
 
 if TYPE_CHECKING:
     from dsgpt.partitioned import Fragment
@@ -63,16 +64,19 @@ def require_intact(checkpoint: Path) -> None:
 def load_model(location: ModelLocation, device: str = "cpu", trust: bool = False) -> nn.Module:
     """The model in fp32 on one device, in evaluation mode, its checkpoint verified first.
 
-    `trust` allows a Hugging Face folder's pytorch_model.bin, which may execute code.
+    `trust` allows a Hugging Face folder's pytorch_model.bin, which may execute code. In memory are the model and one tensor.
     """
+    tensors: TensorReader
     if location.is_checkpoint:
         require_intact(location.path)
         reader = CheckpointReader(location.path)
-        config, weights = parse_model(reader.manifest["model"]), PlainWeights(reader)
-        tensors = {name: weights.tensor(name) for name in weights.shapes} | reader.buffers()
+        config, tensors = parse_model(reader.manifest["model"]), PlainWeights(reader)
+        what = "the checkpoint does not fit its model"
+        refuse_other_shapes(what, tensors.shapes, model_shapes(config)[0])
+        buffers = reader.buffers()
     else:
-        config = read_architecture(location.path)
-        tensors = read_weights(location.path, config, trust)
+        config, buffers = read_architecture(location.path), {}
+        tensors = open_hf_weights(location.path, config, trust)
     if isinstance(config, HFModelConfig):
         model = build_model(config)
     else:
@@ -82,37 +86,41 @@ def load_model(location: ModelLocation, device: str = "cpu", trust: bool = False
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
     named = dict(model.named_parameters()) | dict(model.named_buffers())
-    with torch.no_grad():
-        for name, value in tensors.items():
-            named[name].copy_(value)
+    for name in (*tensors.shapes, *buffers):
+        named[name].data.copy_(buffers[name] if name in buffers else tensors.tensor(name))
     return model.to(device).eval()
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """What a new run starts from: `read` is the source for `Engine.load`, `buffers` are the running statistics."""
+    """What a new run starts from: `read` is the source for `Engine.load`, `buffers` are the running statistics.
+
+    `bytes_read` tells what this rank has read so far; 0 where nobody counts.
+    """
 
     read: Callable[[Fragment, str], Tensor]
     buffers: dict[str, Tensor]
+    bytes_read: Callable[[], int] = lambda: 0
 
 
 def checkpoint_weights(checkpoint: Path) -> InitialWeights:
     """Those of a verified checkpoint; what adapters there add is in the matrices."""
     reader = CheckpointReader(checkpoint)
     weights = PlainWeights(reader)
-    return InitialWeights(lambda f, kind: weights.read(f.name, f.start, f.numel), reader.buffers())
+    return InitialWeights(
+        lambda fragment, kind: weights.read(fragment.name, fragment.start, fragment.numel),
+        reader.buffers(),
+        lambda: reader.bytes_read,
+    )
 
 
-def hf_weights(folder: Path, config: ModelConfig, trust: bool = False) -> InitialWeights:
-    """Those of a Hugging Face folder, of the given architecture; `trust` as in `load_model`."""
-    tensors = read_weights(folder, config, trust)
-    return InitialWeights(lambda f, kind: tensors[f.name].flatten()[f.start :][: f.numel].float(), tensors)
-
-
-def read_weights(folder: Path, config: ModelConfig, trust: bool = False) -> dict[str, Tensor]:
-    if isinstance(config, HFModelConfig):
-        from dsgpt.model.hf import names_in_folder
-
-        files = _read_files(Path(folder), trust)
-        return {name: files[theirs] for name, theirs in names_in_folder(config, files).items()}
-    return read_hf_weights(folder, config, trust)
+def hf_weights(
+    folder: Path, config: ModelConfig, trust: bool = False, rows: Mapping[str, int] | None = None
+) -> InitialWeights:
+    """Those of a Hugging Face folder, of the given architecture; `trust` as in `load_model`, `rows` in `open_hf_weights`."""
+    reader = open_hf_weights(folder, config, trust, rows)
+    return InitialWeights(
+        lambda fragment, kind: reader.read(fragment.name, fragment.start, fragment.numel),
+        {name: reader.tensor(name) for name in model_shapes(config)[1]},
+        lambda: reader.bytes_read,
+    )

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from dsgpt.config.model import HFModelConfig, ModelConfig
@@ -20,6 +21,20 @@ def build_model(config: ModelConfig) -> nn.Module:
 
         return build_hf(config)
     return GPT(config)
+
+
+def model_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Of a model's parameters, a shared one once under its first name, and of the buffers it saves; makes neither."""
+    if isinstance(config, HFModelConfig):
+        from dsgpt.model.hf import skeleton
+
+        model: nn.Module = skeleton(config)
+    else:
+        with torch.device("meta"):
+            model = GPT(config)
+    saved, shapes = model.state_dict(), dict[str, tuple[int, ...]]
+    parameters = shapes((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
+    return parameters, shapes((name, tuple(buffer.shape)) for name, buffer in model.named_buffers() if name in saved)
 
 
 def blocks_prefix(names: Iterable[str], num_blocks: int) -> str:

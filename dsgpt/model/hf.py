@@ -84,10 +84,10 @@ def _first(config: Any, names: tuple[str, ...], default: Any = None) -> Any:
 
 
 def transformers_config(config: HFModelConfig) -> Any:
-    """The object that transformers builds from, with the vocabulary and the dropout of `config`."""
+    """The object that transformers builds from, with the vocabulary of `config`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    raw = dict(config.hf)
+    raw = {**config.hf, "vocab_size": config.vocab_size}
     return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
 
 
@@ -206,7 +206,7 @@ def names_in_folder(config: HFModelConfig, given: Collection[str]) -> dict[str, 
 
     Raises ConfigError with all that is missing, and all that has no place in the model.
     """
-    model = _skeleton(config)
+    model = skeleton(config)
     renamings, converters = _renamings(model)
     theirs = {apply(renamings, name): name for name in given}
     converted = sorted(name for name in theirs if any(one.rename_source_key(name)[1] is not None for one in converters))
@@ -235,7 +235,7 @@ def names_in_folder(config: HFModelConfig, given: Collection[str]) -> dict[str, 
 
 def names_to_save(config: HFModelConfig) -> dict[str, str]:
     """The model's name of every tensor -> the name that it has in a folder of transformers."""
-    model = _skeleton(config)
+    model = skeleton(config)
     back = [one.reverse_transform() for one in reversed(_renamings(model)[0])]
     return {name: apply(back, name) for name in _needed(model)}
 
@@ -261,7 +261,7 @@ def _needed(model: nn.Module) -> list[str]:
     return [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name in saved]
 
 
-def _skeleton(config: HFModelConfig) -> Any:
+def skeleton(config: HFModelConfig) -> Any:
     """The model with real buffers and parameters without memory."""
     with parameters_on_meta():
         return build_hf(config)
@@ -286,4 +286,4 @@ def parameters_on_meta() -> Iterator[None]:
 
 def constants(config: HFModelConfig) -> dict[str, Tensor]:
     """The buffers that are computed, not saved (rotary frequencies), exact in fp32, for a model that was built in 16 bits."""
-    return dict(_skeleton(config).named_buffers())
+    return dict(skeleton(config).named_buffers())

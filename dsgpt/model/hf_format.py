@@ -1,8 +1,8 @@
 """The native GPT in Hugging Face's formats: GPT-2, Llama and Qwen3, through one explicit key table.
 
-`ModelConfig.export_format` says which format holds a model. `hf_config` and `to_hf` give config.json and tensors; `from_hf`
-reads tensors back. A combination that none of the three holds has the format "dsgpt": the same folder layout, with native
-names, which only dsgpt reads.
+`ModelConfig.export_format` says which format holds a model. `hf_config` and `to_hf` give config.json and tensors;
+`find_parts` says where native tensors lie in them. A combination that none of the three holds has the format "dsgpt": the
+same folder layout, with native names, which only dsgpt reads.
 
 Trade-off: tensors are converted one Hugging Face tensor at a time (`to_hf` is a generator), so an export holds one tensor
 more than the model, whatever its size.
@@ -10,7 +10,7 @@ more than the model, whatever its size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -120,11 +120,6 @@ def find_parts(config: ModelConfig, given: Collection[str]) -> dict[str, Part]:
             parts[native] = Part(names[key.hf], row, rows, key.transposed)
             row += rows or 0
     return parts
-
-
-def from_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Native tensors from Hugging Face ones. Missing and unexpected names are all reported at once (ConfigError)."""
-    return {name: take_part(tensors[part.source], part) for name, part in find_parts(config, tensors).items()}
 
 
 def take_part(value: Tensor, part: Part) -> Tensor:

@@ -1,5 +1,5 @@
-"""Reading Hugging Face folders, and dsgpt's own of the same layout: config.json into a `ModelConfig`, safetensors into
-native tensors.
+"""Reading Hugging Face folders, and dsgpt's own of the same layout: config.json into a `ModelConfig`, safetensors as
+native tensors, any range of which can be read.
 
 Every key of config.json is either used, known to change nothing, or at its harmless value; anything else is refused by
 name, so an import never computes something else silently. Weights are safetensors, in which nothing can execute.
@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dsgpt.config import ModelConfig
+from dsgpt.config import HFModelConfig, ModelConfig
 from dsgpt.errors import ConfigError, Problem
-from dsgpt.model.gpt import GPT
-from dsgpt.model.hf_format import ARCHITECTURES, FORMAT_VERSION, from_hf
+from dsgpt.model.build import model_shapes
+from dsgpt.model.hf_format import ARCHITECTURES, FORMAT_VERSION, Part, find_parts
+from dsgpt.model.safetensors_folder import SafetensorsFolder
+from dsgpt.model.tensor_reader import GrownReader, PartReader, TensorReader, refuse_other_shapes
 
 # Describe the file, its tokenizer, its writer or generation, not the mathematics of training.
 _NEUTRAL = {
@@ -115,14 +116,10 @@ def read_architecture(folder: str | Path, implementation: str = "auto") -> Model
 
 def _count_parameters(folder: Path, raw: Mapping[str, Any]) -> int:
     """The elements of the folder's tensors, from the files' headers; a tied head that is saved as well counts once."""
-    shapes: dict[str, list[int]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ConfigError("not a safetensors file", seen=f"{file}: {error}", do="download it again") from error
+    if not any(folder.glob("*.safetensors")):
+        return 1  # pickle, which is read only where it is trusted: not known yet
     tied = raw.get("tie_word_embeddings", False)
+    shapes = SafetensorsFolder(folder).shapes
     return max(1, sum(prod(shape) for name, shape in shapes.items() if not (tied and name.endswith("lm_head.weight"))))
 
 
@@ -216,53 +213,80 @@ def _llama(raw: Mapping[str, Any], qk_norm: bool) -> ModelConfig:
     )
 
 
-def read_hf_weights(folder: str | Path, config: ModelConfig, trust: bool = False) -> dict[str, Tensor]:
-    """Native tensors from the folder's safetensors, whole or sharded, in the files' precision, mapped lazily.
+def open_hf_weights(
+    folder: str | Path, config: ModelConfig, trust: bool = False, rows: Mapping[str, int] | None = None
+) -> TensorReader:
+    """A reader of the folder's tensors under native names, shared ones under their first; of dsgpt's own format, running
+    statistics too.
 
-    A folder without any is read from pytorch_model*.bin, if `trust`. In dsgpt's own format the tensors include running
-    statistics. Raises ConfigError naming every tensor that is not right.
+    `rows` allows native tensors to have more rows than the folder's (`GrownReader`). Raises ConfigError naming every
+    tensor that is not right.
     """
-    tensors = _read_files(Path(folder), trust)
-    if config.export_format != "dsgpt":
-        return from_hf(config, tensors)
-    with torch.device("meta"):
-        expected = {name: value.shape for name, value in GPT(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-    problems = [
-        Problem(f"the export does not fit its config.json: {name}", seen=f"{found}, expected {wanted}")
-        for name in sorted(expected.keys() | tensors.keys())
-        if (found := tensors[name].shape if name in tensors else None) != (wanted := expected.get(name))
+    files = open_weights(Path(folder), trust)
+    own = config.export_format == "dsgpt"
+    if isinstance(config, HFModelConfig):
+        from dsgpt.model.hf import names_in_folder
+
+        parts = {name: Part(theirs) for name, theirs in names_in_folder(config, files.shapes).items()}
+    else:
+        parts = {name: Part(name) for name in files.shapes} if own else find_parts(config, files.shapes)
+    whole_numbers = [
+        Problem(f"not a weight of a model that can be trained: {part.source}", seen=f"{files.dtypes[part.source]}")
+        for part in dict.fromkeys(parts.values())
+        if not files.dtypes[part.source].is_floating_point
     ]
-    if problems:
-        raise ConfigError(problems=problems)
-    return tensors
+    if whole_numbers:
+        raise ConfigError(problems=whole_numbers)
+    reader = GrownReader(PartReader(files, parts), rows or {})
+    parameters, buffers = model_shapes(config)
+    refuse_other_shapes("the weights do not fit their config.json", reader.shapes, parameters | buffers)
+    return reader
 
 
-def _read_files(folder: Path, trust: bool) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError("not a safetensors file", seen=f"{file}: {error}", do="download it again") from error
-    if tensors:
-        return tensors
+def read_hf_weights(folder: str | Path, config: ModelConfig, trust: bool = False) -> dict[str, Tensor]:
+    """All native tensors of `open_hf_weights` whole, fp32: for small models."""
+    reader = open_hf_weights(folder, config, trust)
+    return {name: reader.tensor(name) for name in reader.shapes}
+
+
+def open_weights(folder: Path, trust: bool = False) -> SafetensorsFolder | PickledFolder:
+    """The folder's tensors under their names in the files: safetensors, else pytorch_model*.bin if `trust`.
+
+    Raises ConfigError.
+    """
     pickled = sorted(folder.glob("pytorch_model*.bin"))
-    if not pickled:
-        raise ConfigError(
-            "no safetensors files here", seen=str(folder), do="convert other formats to safetensors first"
-        )
+    if not pickled or any(folder.glob("*.safetensors")):
+        return SafetensorsFolder(folder)
     if not trust:
         raise ConfigError(
             "the weights are here only as pickle, which can execute code when it is read",
             seen=", ".join(map(str, pickled)),
             do="get the model as safetensors; if you trust who made these files: --trust-checkpoint",
         )
-    for file in pickled:
-        tensors.update(_read_pickled(file))
-    return tensors
+    return PickledFolder(pickled)
+
+
+class PickledFolder(TensorReader):
+    """The tensors of trusted .bin files, whole in memory on every rank: such a file cannot be read by ranges."""
+
+    def __init__(self, files: list[Path]):
+        self._tensors: dict[str, Tensor] = {}
+        for file in files:
+            found = _read_pickled(file)
+            if twice := self._tensors.keys() & found.keys():
+                seen = f"{min(twice)}, also in {file}"
+                raise ConfigError("a tensor lies in two files", seen, "remove what does not belong to the model")
+            self._tensors |= found
+        self._bytes_read = sum(file.stat().st_size for file in files)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
+
+    @property
+    def bytes_read(self) -> int:
+        return self._bytes_read
+
+    def read(self, name: str, start: int, numel: int) -> Tensor:
+        return self._tensors[name].flatten()[start:][:numel].float()
 
 
 def _read_pickled(file: Path) -> dict[str, Tensor]:

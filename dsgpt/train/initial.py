@@ -20,6 +20,7 @@ from dsgpt.model.lora import base_of_adapter, has_transposed, initial_adapter, i
 from dsgpt.partitioned import Fragment
 from dsgpt.train.build import check_model
 from dsgpt.train.resume import find_source
+from dsgpt.units import format_bytes
 
 if TYPE_CHECKING:
     from dsgpt.train.loop import Run
@@ -41,6 +42,8 @@ def read_weights(run: Run) -> None:
         weights = hf_weights(locate_hf(place), run.plan.model, section.trust_checkpoint)
     run.engine.load(_with_adapters(run, weights.read), ("master",), 0)
     run.engine.load_buffers(weights.buffers)
+    (total,) = run.world.sum(float(weights.bytes_read()))
+    run.log.event("weights_read", f"read the weights: {format_bytes(total)}, all ranks together", bytes=int(total))
     check_model(run.engine, run.plan)
 
 

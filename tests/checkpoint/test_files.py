@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from dsgpt.checkpoint import commit, reader
-from dsgpt.checkpoint.files import BLOCK_BYTES, ITEM_BYTES, Layout, Places, StateFile, file_order, write_file
-from dsgpt.checkpoint.reader import DTYPE_NAMES, bytes_of
+from dsgpt.checkpoint.files import BLOCK_BYTES, Layout, Places, StateFile, file_order, write_file
 from dsgpt.errors import DamagedError
+from dsgpt.model.safetensors_folder import DTYPE_NAMES, bytes_of
+from dsgpt.model.safetensors_header import ITEM_BYTES
 
 
 def tensors():
