@@ -28,8 +28,6 @@ SECOND_REQUEST_SECONDS = 3.0
 # What a scheduler sends ahead of time, as often as it likes.
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *WARNINGS)
-_UMASK = os.umask(0o077)  # there is no other way to ask for it
-os.umask(_UMASK)
 _LAUNCHER_POLL_SECONDS = 1.0
 # How long a rank may still need, after its launcher is gone, to finish a step and commit.
 _ORPHAN_SECONDS = 300.0
@@ -114,11 +112,6 @@ def tune_allocator() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, 8 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
         libc.mallopt(_M_ARENA_MAX, 1)
-
-
-def give_default_mode(path: Path) -> None:
-    """Let a file be read by whom the umask allows; safetensors makes its files readable by their owner alone."""
-    path.chmod(0o666 & ~_UMASK)
 
 
 def complain(text: str) -> None:

@@ -4,7 +4,7 @@
 
 A model that no Hugging Face architecture holds is exported in dsgpt's own format, which has the same layout and which
 evaluate, generate and `init_from: hf:FOLDER` read. The folder appears by one rename, complete or not at all. Tensors are
-streamed into files of at most `SHARD_BYTES`, so memory stays at one file; the final check loads the export once and
+streamed into files of at most `SHARD_BYTES`, so memory stays at one tensor; the final check loads the export once and
 compares logits, with plain transformers where they can read it.
 """
 
@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dsgpt.checkpoint import commit
@@ -28,8 +27,9 @@ from dsgpt.checkpoint.weights import ModelLocation, load_model, require_intact
 from dsgpt.config import HFModelConfig, ModelConfig, parse_model
 from dsgpt.errors import CheckpointError
 from dsgpt.model.hf_format import hf_config, to_hf
+from dsgpt.model.safetensors_folder import INDEX, WHOLE, bytes_of
+from dsgpt.model.safetensors_header import lay_out, num_bytes
 from dsgpt.planning import parameter_count
-from dsgpt.process import give_default_mode
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 << 30
@@ -89,51 +89,58 @@ def export_checkpoint(location: ModelLocation, output: Path, check: bool = True)
     return ExportReport(output, architecture, reader_name, parameter_count(config), difference, std)
 
 
-def _tensors(weights: PlainWeights, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """(name in the export, value), one at a time."""
+def _tensors(
+    config: ModelConfig, names: Iterable[str], tensor: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """What the export holds, in its order, made from `tensor(name)` of the model's names, one at a time."""
     if config.export_format not in ("dsgpt", "transformers"):
-        yield from to_hf(config, weights.tensor)
-        return
-    names: dict[str, str] = {}
+        return to_hf(config, tensor)
+    theirs: dict[str, str] = {}
     if isinstance(config, HFModelConfig):
         from dsgpt.model.hf import names_to_save
 
-        names = names_to_save(config)
-    for name in weights.shapes:
-        yield names.get(name, name), weights.tensor(name)
-    for name, value in weights.reader.buffers().items():
-        yield names.get(name, name), value
+        theirs = names_to_save(config)
+    return ((theirs.get(name, name), tensor(name)) for name in names)
 
 
 def _write_tensors(reader: CheckpointReader, config: ModelConfig, folder: Path) -> None:
-    """Stream tensors into model-0000i.safetensors and an index, or one model.safetensors."""
-    shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    held_bytes = total = 0
+    """Stream tensors, in fp32, into model-0000i.safetensors and an index, or one model.safetensors.
 
-    def flush() -> None:
-        nonlocal held, held_bytes
-        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        give_default_mode(folder / f"shard-{len(shards)}")
-        shards.append(list(held))
-        held, held_bytes = {}, 0
-
-    for name, tensor in _tensors(PlainWeights(reader), config):
-        if held and held_bytes + tensor.nbytes > SHARD_BYTES:
-            flush()
-        held[name] = tensor
-        held_bytes, total = held_bytes + tensor.nbytes, total + tensor.numel()
-    flush()
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
-        return
+    Their shapes, and so the files' headers, are known before the first is read: one is in memory at a time.
+    """
+    buffers, weights = {name: value.float() for name, value in reader.buffers().items()}, PlainWeights(reader)
+    shapes = weights.shapes | {name: tuple(value.shape) for name, value in buffers.items()}
+    empty = _tensors(config, shapes, lambda name: torch.empty(shapes[name], device="meta"))
+    shards = _cut([(name, "F32", tuple(tensor.shape)) for name, tensor in empty])
+    filled = _tensors(config, shapes, lambda name: buffers[name] if name in buffers else weights.tensor(name))
     weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total * 4}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else WHOLE
+        header, places = lay_out(shard, {"format": "pt"})
+        with (folder / file).open("wb") as out:
+            out.write(header)
+            for (name, place), found in zip(places.items(), filled, strict=False):  # takes none beyond the file's last
+                assert found[0] == name and found[1].shape == place.shape
+                out.write(bytes_of(found[1]))
+        weight_map.update(dict.fromkeys(places, file))
+    if len(shards) > 1:
+        total = sum(num_bytes(dtype, shape) for shard in shards for _, dtype, shape in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _cut(tensors: list[tuple[str, str, tuple[int, ...]]]) -> list[list[tuple[str, str, tuple[int, ...]]]]:
+    """Tensors (name, dtype, shape) in order, divided into files of at most `SHARD_BYTES`, or of one larger tensor."""
+    shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+    size = 0
+    for name, dtype, shape in tensors:
+        more = num_bytes(dtype, shape)
+        if shards[-1] and size + more > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, dtype, shape))
+        size += more
+    return shards
 
 
 def _reference(folder: Path, architecture: str) -> Callable[[Tensor], Tensor]:

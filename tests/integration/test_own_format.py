@@ -76,6 +76,9 @@ def test_a_new_run_starts_from_the_export_with_its_statistics(trained, exported,
     yaml = write_config(dataset, trained, "again", **start, **{"optimizer.warmup_steps": 0, "checkpoint.keep_last": 1})
     yaml.write_text("\n".join(line for line in yaml.read_text().splitlines() if "norm: batchnorm" not in line))
     assert ranks(2).run(train_here, yaml, [], 0, "d") == [1, 1]
+    (read,) = event(trained / "again", "weights_read")
+    folder = sum(file.stat().st_size for file in exported[0].glob("*.safetensors"))
+    assert folder <= read["bytes"] <= 1.1 * folder, "of two ranks together"
     before, after = (event(trained / name, "evaluation")[-1]["loss"] for name in ("stopped", "again"))
     assert after == pytest.approx(before, rel=0.02), "one step of running statistics is all that moved"
 

@@ -72,6 +72,30 @@ def test_export_opens_in_transformers_with_tokenizer_and_the_evaluated_loss(trai
     assert isinstance(again.exception, CheckpointError) and "the output exists" in str(again.exception)
 
 
+def test_a_sharded_export_is_the_whole_one_to_transformers_and_to_the_safetensors_library(
+    trained, tmp_path, monkeypatch
+):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    assert run("checkpoint", "export", trained, "--output", whole, "--no-check").exit_code == 0
+    monkeypatch.setattr("dsgpt.checkpoint.export.SHARD_BYTES", 40_000)
+    assert run("checkpoint", "export", trained, "--output", sharded).exit_code == 0
+    files = sorted(sharded.glob("*.safetensors"))
+    assert len(files) > 3 and not (sharded / "model.safetensors").exists()
+    parts = [load_file(file) for file in files]
+    assert all(sum(value.nbytes for value in part.values()) <= 40_000 or len(part) == 1 for part in parts)
+    expected = load_file(whole / "model.safetensors")
+    assert sum(len(part) for part in parts) == len(expected)
+    assert all(torch.equal(value, expected[name]) for part in parts for name, value in part.items())
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file.name for file, part in zip(files, parts, strict=True) for name in part}
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values())
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(one).state_dict() for one in (whole, sharded))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_evaluated_text_counts_every_token_and_byte_once(trained):
     location = find_model(str(trained))
     model, tokenizer = load_model(location), Tokenizer.load(location.tokenizer)
