@@ -107,7 +107,7 @@ def test_recomputed_activations_give_the_same_gradients_with_dropout_on(kind, mo
     gradients = []
     for recompute in (False, True):
         model = make(config)
-        apply_activation_checkpointing(model, mode if recompute else "none")
+        apply_activation_checkpointing(model.blocks, mode if recompute else "none")
         torch.manual_seed(3)
         model(ids, labels=labels).backward()
         gradients.append([p.grad for p in model.parameters()])
