@@ -155,7 +155,7 @@ def engine_loop(world: Any, case: Case) -> dict[str, Any]:
 
     config = deepspeed_config(case)
     model = construct(lambda: initial_model(case), config)
-    apply_activation_checkpointing(model, case.recompute)
+    apply_activation_checkpointing(model.blocks, case.recompute)
     settings = optimizer_config(case)
     engine = Engine(model, build_optimizer(model, settings), config, world)
     parameters = dict(engine.parameters())

@@ -138,7 +138,7 @@ def build(world, config, stage, dtype="fp32", recompute="none"):
         "zero_allow_untested_optimizer": True,
     }
     model = construct(lambda: initial_model(config), settings)
-    apply_activation_checkpointing(model, recompute)
+    apply_activation_checkpointing(model.blocks, recompute)
     return Engine(model, build_optimizer(model, OPTIMIZER), settings, world)
 
 
