@@ -146,13 +146,13 @@ def table(plan: Mapping[str, Trained | None], shapes: Mapping[str, tuple[int, ..
             merged[-1] = (last[0], part, trained, frozen, rates)
         else:
             merged.append((part, part, trained, frozen, rates))
-    lines = ["trained            trained      frozen  learning rate"]
+    lines = ["parameters              trained      frozen  learning rate"]
     for first, final, trained, frozen, rates in merged:
         label = first if first == final else f"blocks {first.split()[1]}-{final.split()[1]}, each"
-        lines.append(f"  {label:<15}{format_count(trained):>9}{format_count(frozen):>12}  {rates}")
+        lines.append(f"  {label:<20}{format_count(trained):>9}{format_count(frozen):>12}  {rates}")
     trained, frozen = sum(row[1] for row in rows), sum(row[2] for row in rows)
     share = 100 * trained / max(1, trained + frozen)
-    lines.append(f"  {'together':<15}{format_count(trained):>9}{format_count(frozen):>12}  {share:.3g} % trained")
+    lines.append(f"  {'together':<20}{format_count(trained):>9}{format_count(frozen):>12}  {share:.3g} % trained")
     return "\n".join(lines)
 
 
