@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -19,6 +20,7 @@ from tests.integration.test_resume import hashes, metrics, train_here
 from tests.pool import ranks
 
 KINDS = ("gpt2", "llama", "qwen3", "mistral", "gemma", "gpt_neox", "phi", "opt")
+STAGES = ("zero2", "zero3")
 STEPS = 4
 SHORT = {
     "training.max_steps": STEPS,
@@ -83,8 +85,18 @@ def export_and_load(run, output):
     return report, model.eval()
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-@pytest.mark.parametrize("kind", KINDS)
+def alternating(*dimensions):
+    """Every combination of a first thing with the others; one of each first thing in the default tier, in turn."""
+    first, *others = dimensions
+    rest = list(itertools.product(*others))
+    return [
+        pytest.param(one, *other, marks=() if number % len(rest) == place else pytest.mark.slow)
+        for number, one in enumerate(first)
+        for place, other in enumerate(rest)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "stage"), alternating(KINDS, STAGES))
 def test_every_architecture_trains_resumes_and_comes_out_again(kind, stage, hf_folder, write_run, tmp_path):
     folder, pool = hf_folder(kind), ranks(2)
     settings = SHORT | {"deepspeed": stage, "model": {"init_from": f"hf:{folder}"}, "training.max_steps": STEPS}
@@ -112,9 +124,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "opt"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "kind", "stage"), alternating(WAYS, ("llama", "mistral", "opt"), STAGES))
 def test_every_way_of_training_a_part(way, kind, stage, hf_folder, write_run, tmp_path):
     folder, pool = hf_folder(kind), ranks(2)
     settings = SHORT | {
@@ -144,3 +154,37 @@ def test_every_way_of_training_a_part(way, kind, stage, hf_folder, write_run, tm
         assert all(f".{BLOCKS - 1}." in name or "norm" in name or "lm_head" in name for name in changed), changed
     if way == "patterns" and kind == "mistral":
         assert changed == {name for name in before if "mlp" in name} == trained
+
+
+def events(folder, name):
+    lines = (json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == name]
+
+
+def test_the_number_of_blocks_is_measured_once_and_kept_for_every_start(hf_folder, write_run, tmp_path, dataset):
+    """As written by hand with the number that was measured, bit for bit."""
+    settings = SHORT | {"deepspeed": "zero3", "model": {"init_from": f"hf:{hf_folder('llama')}"}}
+    auto = write_run("auto", **settings, fine_tuning={"train": "last_blocks", "num_last_blocks": "auto"})
+    pool = ranks(2)
+    assert "stopped at step 2" in pool.run(train_here, auto, [], 2, "a")[0]
+    assert pool.run(train_here, auto, [], 0, "b") == [STEPS, STEPS]
+    (told,) = events(tmp_path / "auto", "num_last_blocks")
+    chosen = told["num_last_blocks"]
+    assert told["domain_loss"] == pytest.approx(5.9, abs=0.3) and told["general_loss"] is None
+    by_hand = write_run("by_hand", **settings, fine_tuning={"train": "last_blocks", "num_last_blocks": chosen})
+    assert pool.run(train_here, by_hand, [], 0, "a") == [STEPS, STEPS]
+    last = f"checkpoints/step-{STEPS:08d}"
+    assert hashes(tmp_path / "auto" / last) == hashes(tmp_path / "by_hand" / last)
+
+
+def test_a_tied_head_stays_frozen_unless_it_is_asked_for(hf_folder, write_run, tmp_path):
+    folder, pool = hf_folder("llama", tie_word_embeddings=True), ranks(2)
+    settings = SHORT | {"model": {"init_from": f"hf:{folder}"}}
+    for name, tied in (("frozen", False), ("trained", True)):
+        ways = {"train": "last_blocks", "num_last_blocks": 1, "train_embeddings": tied}
+        assert pool.run(train_here, write_run(name, **settings, fine_tuning=ways), [], 0, "a") == [STEPS, STEPS]
+        reader = CheckpointReader(tmp_path / name / f"checkpoints/step-{STEPS:08d}")
+        assert ("embed_tokens.weight" in reader.parameters) == tied
+        assert ("embed_tokens.weight" in reader.frozen) == (not tied)
+        told = events(tmp_path / name, "trained_parameters")[0]
+        assert told["trained"] == sum(np.prod(shape) for shape in reader.parameters.values())
