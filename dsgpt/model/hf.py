@@ -44,6 +44,14 @@ _NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
+# What architectures call the dropout after the embeddings, of attention weights, and of what a block adds.
+_DROPOUTS = {
+    "embedding": ("embd_pdrop", "embed_dropout", "embedding_dropout"),
+    "attention": ("attention_dropout", "attn_pdrop"),
+    "residual": ("resid_pdrop", "hidden_dropout", "residual_dropout", "dropout"),
+}
+
+
 def hf_model_config(raw: Mapping[str, Any], num_parameters: int, where: Path | str) -> HFModelConfig:
     """What transformers knows by this config.json. Raises ConfigError where it is no causal language model of its own."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -59,7 +67,7 @@ def hf_model_config(raw: Mapping[str, Any], num_parameters: int, where: Path | s
     try:
         config = CONFIG_MAPPING[kind].from_dict(dict(raw)).get_text_config(decoder=True)
         sizes = {ours: _first(config, theirs) for ours, theirs in _NAMES.items()}
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # its checks have exceptions of their own
         raise ConfigError("config.json is incomplete or damaged", seen=f"{where}: {error!r}") from error
     heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
     inner = _first(config, ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"), 4 * hidden)
@@ -84,11 +92,25 @@ def _first(config: Any, names: tuple[str, ...], default: Any = None) -> Any:
 
 
 def transformers_config(config: HFModelConfig) -> Any:
-    """The object that transformers builds from, with the vocabulary of `config`."""
+    """The object that transformers builds from, with the vocabulary and the dropout of `config`.
+
+    Raises ConfigError for a dropout that the architecture does not have.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    raw = {**config.hf, "vocab_size": config.vocab_size}
-    return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    found = CONFIG_MAPPING[config.hf["model_type"]].from_dict({**config.hf, "vocab_size": config.vocab_size})
+    text, problems = found.get_text_config(decoder=True), []
+    for place, names in _DROPOUTS.items():
+        value, there = getattr(config.dropout, place), [name for name in names if hasattr(text, name)]
+        for name in there:
+            setattr(text, name, value)
+        if value and not there:
+            problems.append(Problem("this architecture has no such dropout", seen=f"model.dropout.{place}={value:g}"))
+    if problems:
+        raise ConfigError(problems=problems)
+    if hasattr(text, "layerdrop"):
+        text.layerdrop = 0.0  # whole blocks left out at random: each rank would gather other ones
+    return found
 
 
 def build_hf(config: HFModelConfig) -> nn.Module:
@@ -175,6 +197,12 @@ def check_forward(model: Any, vocab_size: int, device: torch.device) -> None:
                 seen=f"{type(model).__name__}: loss {ours:.6f}, from transformers' logits {theirs:.6f}",
                 do="please report the architecture",
             )
+        if (seen := _seen_across(model, inputs, ahead=True)) > MAX_DIFFERENCE[dtype]:
+            raise ConfigError(
+                "this is no causal language model: tokens see those that follow",
+                seen=f"{type(model).__name__}: logits change by {seen:.2g} of their spread",
+                do="another model",
+            )
         seen = _seen_across(model, inputs)
         windows = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
         if seen > MAX_DIFFERENCE[dtype] and not windows:
@@ -190,14 +218,19 @@ def check_forward(model: Any, vocab_size: int, device: torch.device) -> None:
         model.train(was_training)
 
 
-def _seen_across(model: Any, ids: Tensor) -> float:
-    """How much the logits of a row's second document change when the first one is replaced, relative to their spread."""
+def _seen_across(model: Any, ids: Tensor, ahead: bool = False) -> float:
+    """How much the logits of a row's second document change when the first one is replaced, relative to their spread; or,
+    `ahead`, those of a document's first half when its second one is."""
     half = ids.shape[1] // 2
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    positions = torch.where(positions < half, positions, positions - half)
-    documents = (torch.arange(ids.shape[1], device=ids.device) >= half).int().expand_as(ids)
-    other = torch.cat((ids.flip(0)[:, :half], ids[:, half:]), dim=1)
-    one, two = (model(rows, position_ids=positions, document_ids=documents)[:, half:].float() for rows in (ids, other))
+    documents = torch.zeros_like(ids, dtype=torch.int32)
+    if not ahead:
+        documents = (positions >= half).int()
+        positions = positions - half * documents
+    kept, other = (slice(None, half), slice(half, None)) if ahead else (slice(half, None), slice(None, half))
+    changed = ids.clone()
+    changed[:, other] = ids.flip(0)[:, other]
+    one, two = (model(rows, position_ids=positions, document_ids=documents)[:, kept].float() for rows in (ids, changed))
     return float((one - two).abs().max() / one.std())
 
 

@@ -40,7 +40,7 @@ def build_engine(plan: ResolvedRun, world: World, log: RunLog, step: int, num_la
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     trained = plan_training(list(shapes), settings, parts, num_last_blocks, step)
     freeze(model, trained)
-    if not all(trained.values()) or len({one.scale for one in trained.values() if one}) > 1:
+    if config.model.init_from != "scratch" or len({one.scale for one in trained.values() if one}) > 1:
         log.event("trained_parameters", table(trained, shapes, parts), **_counts(trained, shapes))
     blocks = blocks_of(model, parts.prefix)[first_trained_block(trained, parts) :]
     apply_activation_checkpointing(blocks, config.training.activation_checkpointing)
