@@ -76,13 +76,7 @@ def test_an_architecture_that_leaks_is_given_the_mask_and_one_that_then_still_do
 
 
 def test_a_model_that_sees_ahead_is_refused():
-    from transformers import BertConfig, BertLMHeadModel
-
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    theirs = BertLMHeadModel(BertConfig(vocab_size=VOCAB, **sizes))
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.normal_(std=0.2)
+    theirs = reference("llama", is_causal=False)
     with pytest.raises(ConfigError, match="those that follow"):
         check_forward(ours(theirs), VOCAB, torch.device("cpu"))
 
