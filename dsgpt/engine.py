@@ -75,17 +75,15 @@ def construct(
     `constants` gives the values of those for which it is not.
     """
     context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    exact: Mapping[str, Tensor] = {}
     if deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
+        exact = constants() if constants is not None else {}
         context = deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_config))
     with context:
         module = build()
-    for buffer in module.buffers():
+    for name, buffer in module.named_buffers():
         if buffer.is_floating_point():
-            buffer.data = buffer.data.float()
-    if constants is not None and not isinstance(context, contextlib.nullcontext):
-        buffers = dict(module.named_buffers())
-        for name, value in constants().items():
-            buffers[name].data = value.to(buffers[name].device)
+            buffer.data = exact[name].to(buffer.device) if name in exact else buffer.data.float()
     return module
 
 

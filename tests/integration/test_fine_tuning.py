@@ -188,3 +188,30 @@ def test_a_tied_head_stays_frozen_unless_it_is_asked_for(hf_folder, write_run, t
         assert ("embed_tokens.weight" in reader.frozen) == (not tied)
         told = events(tmp_path / name, "trained_parameters")[0]
         assert told["trained"] == sum(np.prod(shape) for shape in reader.parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [
+        ("lora", "mistral"),
+        pytest.param("decay", "mistral", marks=pytest.mark.slow),
+        pytest.param("dora", "opt", marks=pytest.mark.slow),
+        pytest.param("unfreezing", "phi", marks=pytest.mark.slow),
+        pytest.param("lora", "llama", marks=pytest.mark.slow),
+    ],
+)
+def test_partitions_in_bf16_start_with_the_folders_loss_and_resume(way, kind, hf_folder, write_run, tmp_path):
+    """Rotary frequencies are exact although ZeRO-3 builds everything in bf16."""
+    folder, pool = hf_folder(kind), ranks(2)
+    model = {"init_from": f"hf:{folder}"}
+    settings = SHORT | {"deepspeed": "zero3", "model": model, "fine_tuning": WAYS[way], "training.dtype": "bf16"}
+    straight, stopped = write_run("straight", **settings), write_run("stopped", **settings)
+    assert pool.run(train_here, straight, [], 0, "a") == [STEPS, STEPS]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "straight/metrics.jsonl").read_text().splitlines()]
+    assert losses[0] == pytest.approx(first_loss(folder, straight), rel=1e-3)
+    assert losses[-1] < losses[0]
+    assert "stopped at step 3" in pool.run(train_here, stopped, [], 3, "b")[0]
+    assert pool.run(train_here, stopped, [], 0, "c") == [STEPS, STEPS]
+    last = f"checkpoints/step-{STEPS:08d}"
+    assert hashes(tmp_path / "stopped" / last) == hashes(tmp_path / "straight" / last)
+    export_and_load(tmp_path / "straight", tmp_path / "export")
