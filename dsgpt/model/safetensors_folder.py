@@ -123,7 +123,8 @@ class SafetensorsFolder(TensorReader):
             if end != whole:
                 raise ValueError(f"it has {whole} bytes, and its tensors end at {end}")
         except (ValueError, OSError) as error:
-            raise ConfigError("not a whole safetensors file", seen=f"{file}: {error}", do="copy it again") from error
+            do = "copy it again; quantised weights are not read"
+            raise ConfigError("not a whole safetensors file", seen=f"{file}: {error}", do=do) from error
         return places
 
     def _fill(self, file: Path, position: int, into: memoryview) -> None:
