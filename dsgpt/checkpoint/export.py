@@ -27,7 +27,7 @@ from dsgpt.checkpoint.weights import ModelLocation, load_model, require_intact
 from dsgpt.config import HFModelConfig, ModelConfig, parse_model
 from dsgpt.errors import CheckpointError
 from dsgpt.model.hf_format import hf_config, to_hf
-from dsgpt.model.safetensors_folder import INDEX, WHOLE, bytes_of
+from dsgpt.model.safetensors_folder import DTYPE_NAMES, INDEX, WHOLE, bytes_of
 from dsgpt.model.safetensors_header import lay_out, num_bytes
 from dsgpt.planning import parameter_count
 from dsgpt.tokenizer.tokenizer import Tokenizer
@@ -104,24 +104,25 @@ def _tensors(
 
 
 def _write_tensors(reader: CheckpointReader, config: ModelConfig, folder: Path) -> None:
-    """Stream tensors, in fp32, into model-0000i.safetensors and an index, or one model.safetensors.
+    """Stream parameters in fp32, and buffers as they are, into model-0000i.safetensors and an index, or one model.safetensors.
 
     Their shapes, and so the files' headers, are known before the first is read: one is in memory at a time.
     """
-    buffers, weights = {name: value.float() for name, value in reader.buffers().items()}, PlainWeights(reader)
-    shapes = weights.shapes | {name: tuple(value.shape) for name, value in buffers.items()}
-    empty = _tensors(config, shapes, lambda name: torch.empty(shapes[name], device="meta"))
-    shards = _cut([(name, "F32", tuple(tensor.shape)) for name, tensor in empty])
-    filled = _tensors(config, shapes, lambda name: buffers[name] if name in buffers else weights.tensor(name))
+    buffers, weights = reader.buffers(), PlainWeights(reader)
+    empty = {name: torch.empty(shape, device="meta") for name, shape in weights.shapes.items()}
+    empty |= {name: value.to("meta") for name, value in buffers.items()}
+    found = _tensors(config, empty, empty.__getitem__)
+    shards = _cut([(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in found])
+    filled = _tensors(config, empty, lambda name: buffers[name] if name in buffers else weights.tensor(name))
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else WHOLE
         header, places = lay_out(shard, {"format": "pt"})
         with (folder / file).open("wb") as out:
             out.write(header)
-            for (name, place), found in zip(places.items(), filled, strict=False):  # takes none beyond the file's last
-                assert found[0] == name and found[1].shape == place.shape
-                out.write(bytes_of(found[1]))
+            for (name, place), (given, value) in zip(places.items(), filled, strict=False):  # takes none too many
+                assert given == name and value.shape == place.shape
+                out.write(bytes_of(value))
         weight_map.update(dict.fromkeys(places, file))
     if len(shards) > 1:
         total = sum(num_bytes(dtype, shape) for shard in shards for _, dtype, shape in shard)

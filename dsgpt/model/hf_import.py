@@ -230,15 +230,15 @@ def open_hf_weights(
         parts = {name: Part(theirs) for name, theirs in names_in_folder(config, files.shapes).items()}
     else:
         parts = {name: Part(name) for name in files.shapes} if own else find_parts(config, files.shapes)
+    parameters, buffers = model_shapes(config)
     whole_numbers = [
         Problem(f"not a weight of a model that can be trained: {part.source}", seen=f"{files.dtypes[part.source]}")
-        for part in dict.fromkeys(parts.values())
-        if not files.dtypes[part.source].is_floating_point
+        for name, part in parts.items()
+        if name in parameters and not files.dtypes[part.source].is_floating_point
     ]
     if whole_numbers:
         raise ConfigError(problems=whole_numbers)
     reader = GrownReader(PartReader(files, parts), rows or {})
-    parameters, buffers = model_shapes(config)
     refuse_other_shapes("the weights do not fit their config.json", reader.shapes, parameters | buffers)
     return reader
 

@@ -93,13 +93,13 @@ def write_model(folder: Path, seed: int) -> list[int]:
     import torch
 
     from dsgpt.config import Dropout, ModelConfig
-    from dsgpt.model.gpt import native_shapes
+    from dsgpt.model.build import model_shapes
     from dsgpt.model.hf_format import hf_config, to_hf
     from dsgpt.model.safetensors_folder import INDEX, bytes_of
     from dsgpt.model.safetensors_header import lay_out, num_bytes
 
     config = ModelConfig(**MODEL, dropout=Dropout())
-    shapes, generator = native_shapes(config)[0], torch.Generator().manual_seed(seed)
+    shapes, generator = model_shapes(config)[0], torch.Generator().manual_seed(seed)
     names = to_hf(config, lambda name: torch.empty(shapes[name], device="meta"))
     tensors = [(name, "BF16", tuple(tensor.shape)) for name, tensor in names]
     total = sum(num_bytes(dtype, shape) for _, dtype, shape in tensors)
