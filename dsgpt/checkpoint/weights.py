@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dsgpt.checkpoint import commit
+from dsgpt.checkpoint.base_model import run_of
 from dsgpt.checkpoint.locate import locate_checkpoint, split_step
 from dsgpt.checkpoint.plain import PlainWeights
 from dsgpt.checkpoint.reader import CheckpointReader
@@ -47,9 +48,7 @@ def find_model(text: str) -> ModelLocation:
     if not step and (folder / "config.json").exists():
         return ModelLocation(folder, False, folder)
     checkpoint = locate_checkpoint(text)
-    # Beside the run's own checkpoints, also where one was set aside in a folder of its own.
-    runs = [parent for parent in checkpoint.absolute().parents if (parent / "tokenizer").is_dir()]
-    return ModelLocation(checkpoint, True, (runs[0] if runs else checkpoint.absolute().parent.parent) / "tokenizer")
+    return ModelLocation(checkpoint, True, run_of(checkpoint) / "tokenizer")
 
 
 def require_intact(checkpoint: Path) -> None:
