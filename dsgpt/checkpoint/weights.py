@@ -64,6 +64,7 @@ def load_model(location: ModelLocation, device: str = "cpu", trust: bool = False
     """The model in fp32 on one device, in evaluation mode, its checkpoint verified first.
 
     `trust` allows a Hugging Face folder's pytorch_model.bin, which may execute code. In memory are the model and one tensor.
+    Raises ConfigError where a model of transformers does not compute what is expected of it.
     """
     tensors: TensorReader
     if location.is_checkpoint:
@@ -87,7 +88,12 @@ def load_model(location: ModelLocation, device: str = "cpu", trust: bool = False
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     for name in (*tensors.shapes, *buffers):
         named[name].data.copy_(buffers[name] if name in buffers else tensors.tensor(name))
-    return model.to(device).eval()
+    model.to(device).eval()
+    if isinstance(config, HFModelConfig):
+        from dsgpt.model.hf import check_forward
+
+        check_forward(model, config.vocab_size, torch.device(device), documents=False)
+    return model
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from click.testing import CliRunner
 
 from dsgpt.checkpoint.weights import find_model, load_model
 from dsgpt.cli import cli
 from dsgpt.errors import CheckpointError, ConfigError
+from dsgpt.generate import Sampling, generate_ids
+from dsgpt.tokenizer.tokenizer import Tokenizer
 from tests.hf_models import make_hf_folder
+from tests.integration.test_fine_tuning import first_loss
 from tests.integration.test_resume import train_here
 from tests.pool import ranks
 from tests.run_fixtures import write_config
@@ -179,8 +184,12 @@ def test_a_weight_too_large_for_fp16_is_named():
     assert in_precision("lm_head.weight", torch.tensor([7e4]), torch.bfloat16).isfinite().all()
 
 
-@pytest.mark.parametrize("way", ["lora", "dora"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "opt"])
+SLOW = pytest.mark.slow
+PAIRS = [(kind, way) for kind in ("llama", "qwen3", "mistral", "opt") for way in ("lora", "dora")]
+QUICK = (("llama", "dora"), ("qwen3", "lora"), ("mistral", "dora"))
+
+
+@pytest.mark.parametrize("kind, way", [pytest.param(*pair, marks=() if pair in QUICK else (SLOW,)) for pair in PAIRS])
 def test_adapters_alone_compute_in_peft_what_the_merged_model_computes(kind, way, dataset, tmp_path):
     from peft import PeftConfig, PeftModel
 
@@ -211,3 +220,80 @@ def test_adapters_alone_are_refused_where_there_are_none_or_peft_has_no_place_fo
     refused = dsgpt("checkpoint", "export", none, "--output", tmp_path / "out", "--adapter")
     assert isinstance(refused.exception, CheckpointError) and "no adapters" in str(refused.exception)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp*"))
+
+
+def losses_of_documents(model, dataset):
+    """Mean loss of a validation split by transformers itself, each document alone."""
+    from dsgpt.data.dataset import BlockDataset, read_samples
+
+    split = BlockDataset(dataset, "validation", 64)
+    arrays = read_samples(split, np.arange(split.num_samples))
+    total, count = 0.0, 0
+    for ids, labels, documents in zip(arrays["input_ids"], arrays["labels"], arrays["document_ids"], strict=True):
+        for document in np.unique(documents[documents >= 0]):
+            here = documents == document
+            target = torch.from_numpy(labels[here].astype(np.int64))
+            with torch.no_grad():
+                found = model(torch.from_numpy(ids[here].astype(np.int64))[None]).logits[0]
+            total += float(F.cross_entropy(found, target, reduction="sum"))
+            count += int((target != -100).sum())
+    return total / count
+
+
+@pytest.mark.parametrize("kind, way", [("mistral", "lora"), ("opt", "all")])
+def test_runs_and_exports_are_evaluated_and_generate_as_transformers_does(kind, way, dataset, tmp_path):
+    base = base_folder(tmp_path / "base", kind, dataset)
+    run = fine_tune(tmp_path, "run", dataset, f"hf:{base}", WAYS[way])
+    export = tmp_path / "out"
+    read_json("checkpoint", "export", run, "--output", export)
+    model, tokenizer = in_transformers(export), Tokenizer.load(export)
+
+    text = "def area(width: float, height: float) -> float:\n    return width * height\n" * 4
+    (tmp_path / "text.py").write_text(text)
+    ids = torch.tensor([tokenizer.encode_document(text)])
+    assert ids.shape[1] > 2 * 64, "several windows of its context"
+    total = 0.0
+    for start in range(0, ids.shape[1] - 1, 64):
+        piece = ids[:, start : start + 65]
+        with torch.no_grad():
+            total += float(F.cross_entropy(model(piece[:, :-1]).logits[0], piece[0, 1:], reduction="sum"))
+    alone = losses_of_documents(model, dataset)
+
+    begun = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text[:30])]])
+    assert 16 < begun.shape[1] < 40, "longer than mistral's window here"
+    new = model.generate(begun, do_sample=False, max_new_tokens=24, use_cache=True)[0, begun.shape[1] :].tolist()
+    for place in (run, export):
+        told = read_json("evaluate", place, "--text", tmp_path / "text.py")
+        assert told["tokens"] == ids.shape[1] - 1
+        assert told["loss"] == pytest.approx(total / told["tokens"], rel=1e-5)
+        assert read_json("evaluate", place, "--data", dataset)["loss"] == pytest.approx(alone, rel=1e-5)
+        ours = load_model(find_model(str(place)))
+        greedy = generate_ids(ours, begun[0].tolist(), Sampling(24, temperature=0), tokenizer.eos_id)
+        assert [*greedy] == [one for one in new if one != tokenizer.eos_id] and len(new) > 4
+
+
+def test_pretrained_then_adapted_then_trained_in_part_is_one_chain_of_weights(dataset, tmp_path):
+    """Each stage's first loss is that of transformers on the export of the stage before."""
+    steps = {"training.max_steps": 8, "optimizer.warmup_steps": 0}
+    pretrained = write_config(dataset, tmp_path, "pretrained", **steps)
+    assert ranks(2).run(train_here, pretrained, [], 0, "a") == [8, 8]
+    exports = [tmp_path / "export-0"]
+    read_json("checkpoint", "export", tmp_path / "pretrained", "--output", exports[0])
+    stages = (
+        ("adapted", f"hf:{exports[0]}", WAYS["lora"], "zero3"),
+        ("again", f"checkpoint:{tmp_path / 'adapted'}", WAYS["dora"], "zero2"),
+        ("part", f"checkpoint:{tmp_path / 'again'}", WAYS["last_blocks"], "zero3"),
+    )
+    for number, (name, start, way, stage) in enumerate(stages, start=1):
+        run = fine_tune(tmp_path, name, dataset, start, way, deepspeed=stage)
+        line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+        assert line["loss"] == pytest.approx(first_loss(exports[-1], tmp_path / f"{name}.yaml"), abs=2e-5), name
+        exports.append(tmp_path / f"export-{number}")
+        read_json("checkpoint", "export", run, "--output", exports[-1], "--license", "mit")
+        in_transformers(exports[-1])
+        assert (logits(in_transformers(exports[-1])) - logits(in_transformers(exports[-2]))).abs().max() > 1e-2
+    card = (exports[-1] / "README.md").read_text()
+    assert "hf:export-0, then checkpoint:adapted, then checkpoint:again" in card
+    assert front_matter(exports[-1])["license"] == "mit" and front_matter(exports[0])["license"] == "unknown"
+    told = read_json("checkpoint", "export", tmp_path / "again", "--output", tmp_path / "adapter", "--adapter")
+    assert told["logit_difference"] is None and "dsgpt checkpoint export" in told["unchecked"]
