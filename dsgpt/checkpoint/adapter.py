@@ -62,7 +62,7 @@ def export_adapter(
     theirs = {one: one for one in layers} if isinstance(config, HFModelConfig) else layer_names(config, layers)
     tensors = {name: reader.tensor(name) for name in names}
     with new_folder(output) as tmp:
-        save_adapter(tmp, LoraSection.model_validate(saved), tensors, theirs, facts.base.place, transposed)
+        save_adapter(tmp, LoraSection.model_validate(saved), tensors, theirs, facts.base.source, transposed)
         chosen = write_about(tmp, facts, Tokenizer.load(location.tokenizer), "peft", license, "fp32")
         difference, unchecked = None, "" if check else "not asked for"
         if check:

@@ -47,6 +47,15 @@ class BaseModel:
         return self.origins[-1].partition(":")[2]
 
     @property
+    def source(self) -> tuple[str, str | None]:
+        """Where anybody finds these weights: OWNER/NAME and the commit, where dsgpt fetched them; else `place`."""
+        fetched = self.read("fetched.json")
+        source = str(fetched.get("source", ""))
+        if len(self.origins) == 1 and source.startswith("hf:"):
+            return source[3:], fetched.get("revision")
+        return self.place, None
+
+    @property
     def hub_name(self) -> str | None:
         """OWNER/NAME on the hub, where that is known."""
         source = str(self.read("fetched.json").get("source", "")).removeprefix("hf:")
@@ -109,10 +118,9 @@ def keep_base(init_from: str, run_dir: Path) -> None:
     tmp = run_dir / f".tmp-{FOLDER}"
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
-    for pattern in _KEPT if source else ():
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, tmp / file.name)
+    for file in [file for pattern in _KEPT for file in (source.glob(pattern) if source else ())]:
+        if file.is_file():
+            shutil.copyfile(file, tmp / file.name)
     origins = [*(earlier.origins if earlier else ()), init_from]
     (tmp / RECORD).write_text(json.dumps({"origins": origins}, indent=2) + "\n", "utf-8")
     shutil.rmtree(run_dir / FOLDER, ignore_errors=True)

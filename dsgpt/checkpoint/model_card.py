@@ -2,6 +2,7 @@
 
 Facts come from the checkpoint's manifest, and from what lies beside it in the run: config.yaml for names and choices,
 base_model/ for the model it started from. No path of this machine is written: folders are named by their last part.
+Torch-free.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import importlib
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -106,6 +107,18 @@ def targets(model: nn.Module, settings: LoraSection, prefix: str) -> list[str]:
     return [name for name in layers if any(_fits(name, one) for one in settings.target_modules)]
 
 
+def _refuse_shared(model: nn.Module, chosen: Sequence[str]) -> None:
+    """An adapter beside a tied head would not be in the embedding, so no matrix could hold what the model computes."""
+    users = Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
+    shared = [name for name in chosen if users[id(model.get_submodule(name).weight)] > 1]
+    if shared:
+        raise ConfigError(
+            "an adapter beside a matrix that another layer shares cannot be merged into it",
+            seen=", ".join(shared),
+            do="leave the layer out of fine_tuning.lora.target_modules",
+        )
+
+
 def _fits(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}") or fnmatchcase(name, target)
 
@@ -115,6 +128,7 @@ def add_adapters(model: nn.Module, settings: LoraSection, prefix: str) -> list[s
     from peft import inject_adapter_in_model
 
     chosen = targets(model, settings, prefix)
+    _refuse_shared(model, chosen)
     with _without_peft_norms():
         inject_adapter_in_model(_peft_config(settings, chosen, init_lora_weights=False), model)
     return chosen
@@ -138,17 +152,17 @@ def save_adapter(
     settings: LoraSection,
     tensors: Mapping[str, Tensor],
     layers: Mapping[str, str],
-    base: str,
+    base: tuple[str, str | None],
     transposed: bool,
 ) -> None:
     """Write peft's adapter_config.json and adapter_model.safetensors.
 
     `tensors` are the adapters' by name; `layers` says what each of our layers is called in the model that peft will put
-    them into; `base` is the folder or hub name of that model, and `transposed` whether its matrices are (in, out).
+    them into; `base` is the folder or hub name of that model, and its commit; `transposed`: its matrices are (in, out).
     """
     from safetensors.torch import save_file
 
-    others = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
+    others = {"base_model_name_or_path": base[0], "revision": base[1], "task_type": "CAUSAL_LM", "inference_mode": True}
     _peft_config(settings, list(layers.values()), fan_in_fan_out=transposed, **others).save_pretrained(folder)
     named = {}
     for name, tensor in tensors.items():

@@ -207,15 +207,21 @@ def test_adapters_alone_compute_in_peft_what_the_merged_model_computes(kind, way
 
 
 def test_adapters_alone_are_refused_where_there_are_none_or_peft_has_no_place_for_them(dataset, tmp_path):
+    from peft import PeftConfig
+
     base = base_folder(tmp_path / "base", "gpt2", dataset)
     joined = fine_tune(tmp_path, "joined", dataset, f"hf:{base}", WAYS["lora"])
     refused = dsgpt("checkpoint", "export", joined, "--output", tmp_path / "out", "--adapter")
     assert isinstance(refused.exception, ConfigError)
     assert "k_proj" in str(refused.exception) and "leave out --adapter" in str(refused.exception)
     some = WAYS["lora"] | {"lora": {"rank": 4, "target_modules": ["up_proj", "down_proj"]}}
+    (base / "fetched.json").write_text(json.dumps({"source": "hf:toy/gpt", "revision": "abc123"}))
     own = fine_tune(tmp_path, "own", dataset, f"hf:{base}", some)
     told = read_json("checkpoint", "export", own, "--output", tmp_path / "own-adapter", "--adapter")
     assert told["logit_difference"] < 1e-4, "layers that GPT-2 has too, though transposed"
+    named = PeftConfig.from_pretrained(tmp_path / "own-adapter")
+    assert (named.base_model_name_or_path, named.revision) == ("toy/gpt", "abc123"), "as anybody finds it"
+    assert front_matter(tmp_path / "own-adapter")["base_model"] == "toy/gpt"
     none = fine_tune(tmp_path, "none", dataset, f"hf:{base}", WAYS["last_blocks"])
     refused = dsgpt("checkpoint", "export", none, "--output", tmp_path / "out", "--adapter")
     assert isinstance(refused.exception, CheckpointError) and "no adapters" in str(refused.exception)
