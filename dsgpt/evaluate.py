@@ -25,7 +25,7 @@ from dsgpt.data.mixture import open_samples
 from dsgpt.distributed import World
 from dsgpt.errors import DataError
 from dsgpt.model.functional import IGNORE_INDEX
-from dsgpt.model.gpt import PADDING
+from dsgpt.model.gpt import GPT, PADDING
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
@@ -126,8 +126,8 @@ def evaluate_dataset(
 ) -> Evaluation:
     """One split of a prepared dataset, in samples of the model's context, on one device.
 
-    Raises DataError when the dataset's tokenizer is not the model's or the split is not there. What does not say which
-    tokenizer made it is taken to be the model's.
+    Raises DataError when the dataset's tokenizer is not the model's or the split is not there, and ConfigError where the
+    model cannot keep documents in one row apart. What does not say which tokenizer made it is taken to be the model's.
     """
     manifest, context = find_manifest(folder), model.config.max_position_embeddings
     dataset = open_samples(folder, manifest, split, context, vocab_size=model.config.vocab_size)
@@ -140,6 +140,10 @@ def evaluate_dataset(
         )
     model.eval()
     world = World(device=next(model.parameters()).device)
+    if not isinstance(model, GPT):
+        from dsgpt.model.hf import check_forward
+
+        check_forward(model, model.config.vocab_size, world.device)  # keeps documents apart
     with torch.no_grad():
         return evaluate_split(lambda batch: model(**batch), dataset, world, micro_batch, limit)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dsgpt.checkpoint import commit
+from dsgpt.checkpoint.base_model import run_of
 from dsgpt.checkpoint.locate import locate_checkpoint, split_step
 from dsgpt.checkpoint.plain import PlainWeights
 from dsgpt.checkpoint.reader import CheckpointReader
@@ -47,9 +48,7 @@ def find_model(text: str) -> ModelLocation:
     if not step and (folder / "config.json").exists():
         return ModelLocation(folder, False, folder)
     checkpoint = locate_checkpoint(text)
-    # Beside the run's own checkpoints, also where one was set aside in a folder of its own.
-    runs = [parent for parent in checkpoint.absolute().parents if (parent / "tokenizer").is_dir()]
-    return ModelLocation(checkpoint, True, (runs[0] if runs else checkpoint.absolute().parent.parent) / "tokenizer")
+    return ModelLocation(checkpoint, True, run_of(checkpoint) / "tokenizer")
 
 
 def require_intact(checkpoint: Path) -> None:
@@ -65,6 +64,7 @@ def load_model(location: ModelLocation, device: str = "cpu", trust: bool = False
     """The model in fp32 on one device, in evaluation mode, its checkpoint verified first.
 
     `trust` allows a Hugging Face folder's pytorch_model.bin, which may execute code. In memory are the model and one tensor.
+    Raises ConfigError where a model of transformers does not compute what is expected of it.
     """
     tensors: TensorReader
     if location.is_checkpoint:
@@ -88,7 +88,12 @@ def load_model(location: ModelLocation, device: str = "cpu", trust: bool = False
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     for name in (*tensors.shapes, *buffers):
         named[name].data.copy_(buffers[name] if name in buffers else tensors.tensor(name))
-    return model.to(device).eval()
+    model.to(device).eval()
+    if isinstance(config, HFModelConfig):
+        from dsgpt.model.hf import check_forward
+
+        check_forward(model, config.vocab_size, torch.device(device), documents=False)
+    return model
 
 
 @dataclass(frozen=True)

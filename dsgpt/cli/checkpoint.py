@@ -155,24 +155,43 @@ def prune(run_dir: Path, keep_last: int, keep_every: int | None, keep_best: bool
 @checkpoint.command()
 @click.argument("model")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="A folder that does not exist yet.")
+@click.option("--adapter", is_flag=True, help="Only the adapters of a LoRA or DoRA run, for peft.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
+              help="Precision of the weights; fp32 loses nothing.")  # fmt: skip
+@click.option("--license", help="For the model card, e.g. apache-2.0; else the base model's, where it says one.")
 @click.option("--no-check", is_flag=True, help="Do not load the export back to compare logits.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def export(model: str, output: Path, no_check: bool, as_json: bool) -> None:
+def export(
+    model: str, output: Path, adapter: bool, dtype: str, license: str | None, no_check: bool, as_json: bool
+) -> None:
     """Write MODEL (a run folder, RUN@STEP, RUN@best or a checkpoint) in Hugging Face format, checked against transformers.
 
     A model that no Hugging Face architecture holds is written in dsgpt's own format.
     """
-    from dsgpt.checkpoint.export import export_checkpoint
     from dsgpt.checkpoint.weights import find_model
     from dsgpt.cli.common import print_json
     from dsgpt.units import format_count
 
-    report = export_checkpoint(find_model(model), output, check=not no_check)
+    report: Any
+    if adapter:
+        from dsgpt.checkpoint.adapter import export_adapter
+
+        if dtype != "fp32":
+            raise click.UsageError("adapters are always in fp32: --adapter goes without --dtype")
+        report = export_adapter(find_model(model), output, not no_check, license)
+    else:
+        from dsgpt.checkpoint.export import export_checkpoint
+
+        report = export_checkpoint(find_model(model), output, not no_check, dtype, license)
     if as_json:
         print_json(vars(report))
         return
-    click.echo(f"{report.path}: {report.architecture}, {format_count(report.num_parameters)} parameters")
+    what = f"adapters for {report.base_model}" if adapter else report.architecture
+    click.echo(f"{report.path}: {what}, {format_count(report.num_parameters)} parameters in {dtype}")
     if report.logit_difference is not None:
-        click.echo(
-            f"logits agree with those {report.checked_with} reads: largest difference {report.logit_difference:.2g}"
-        )
+        reader = "peft" if adapter else report.checked_with
+        click.echo(f"logits agree with those {reader} reads: largest difference {report.logit_difference:.2g}")
+    elif adapter:
+        click.echo(f"logits were not compared: {report.unchecked}")
+    if report.license in ("unknown", "other"):
+        click.echo(f"licence: {report.license}; --license NAME says another in the model card")

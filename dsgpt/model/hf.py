@@ -178,11 +178,11 @@ def _forward(
 
 
 @torch.no_grad()
-def check_forward(model: Any, vocab_size: int, device: torch.device) -> None:
-    """Compare our forward with transformers' own, and choose the mask that keeps documents apart. All ranks must call it.
+def check_forward(model: Any, vocab_size: int, device: torch.device, documents: bool = True) -> None:
+    """Compare our forward with transformers' own, and choose the mask that keeps `documents` apart. All ranks must call it.
 
     Raises ConfigError where the architecture does something to its logits that is not known here, or where documents in
-    one row see each other either way.
+    one row see each other either way; not the latter where rows have one document each, and `documents` is False.
     """
     was_training, dtype = model.training, next(model.parameters()).dtype
     model.eval()
@@ -203,6 +203,8 @@ def check_forward(model: Any, vocab_size: int, device: torch.device) -> None:
                 seen=f"{type(model).__name__}: logits change by {seen:.2g} of their spread",
                 do="another model",
             )
+        if not documents:
+            return
         seen = _seen_across(model, inputs)
         windows = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
         if seen > MAX_DIFFERENCE[dtype] and not windows:

@@ -83,6 +83,19 @@ def to_hf(config: ModelConfig, tensor: Callable[[str], Tensor]) -> Iterator[tupl
         yield key.hf, joined.t().contiguous() if key.transposed else joined.contiguous()
 
 
+def layer_names(config: ModelConfig, layers: Collection[str]) -> dict[str, str]:
+    """The Hugging Face name of each native layer, from the key table. Raises ConfigError for what has none of its own."""
+    keys = {key.native[0]: key for key in key_table(config) if len(key.native) == 1 and config.export_format != "dsgpt"}
+    joined = sorted(layer for layer in layers if f"{layer}.weight" not in keys)
+    if joined:
+        raise ConfigError(
+            f"layers of this model are no layers of their own in the format {config.export_format}",
+            seen=f"{', '.join(joined[:3])}{', ...' if len(joined) > 3 else ''}",
+            do="export the merged model: leave out --adapter",
+        )
+    return {layer: keys[f"{layer}.weight"].hf.removesuffix(".weight") for layer in layers}
+
+
 class Part(NamedTuple):
     """Where a native tensor lies: `rows` rows (None: all) from `row` on of the tensor `source`, transposed before that
     where it says so."""
@@ -135,8 +148,8 @@ def _row_counts(config: ModelConfig, key: Key) -> list[int] | list[None]:
     return [config.num_attention_heads * config.head_dim, kv_rows, kv_rows]
 
 
-def hf_config(config: ModelConfig, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
-    """config.json of the exported model."""
+def hf_config(config: ModelConfig, bos_id: int | None, eos_id: int | None, dtype: str = "float32") -> dict[str, Any]:
+    """config.json of the exported model, whose weights are in `dtype`."""
     architecture = config.export_format
     common = {
         "architectures": [ARCHITECTURES[architecture]],
@@ -146,7 +159,7 @@ def hf_config(config: ModelConfig, bos_id: int | None, eos_id: int | None) -> di
         "eos_token_id": eos_id,
         "pad_token_id": None,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
         "use_cache": True,
     }
     if architecture == "dsgpt":

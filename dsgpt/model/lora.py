@@ -17,8 +17,10 @@ import importlib
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,17 @@ _BASE = ".base_layer."
 
 def is_adapter(name: str) -> bool:
     return _ADAPTER.search(name) is not None
+
+
+def _match(name: str) -> re.Match[str]:
+    found = _ADAPTER.search(name)
+    assert found is not None
+    return found
+
+
+def adapted_layer(name: str) -> str:
+    """The layer that an adapter's tensor stands in."""
+    return name[: _match(name).start()]
 
 
 def plain_name(name: str) -> str:
@@ -94,26 +107,83 @@ def targets(model: nn.Module, settings: LoraSection, prefix: str) -> list[str]:
     return [name for name in layers if any(_fits(name, one) for one in settings.target_modules)]
 
 
+def _refuse_shared(model: nn.Module, chosen: Sequence[str]) -> None:
+    """An adapter beside a tied head would not be in the embedding, so no matrix could hold what the model computes."""
+    users = Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
+    shared = [name for name in chosen if users[id(model.get_submodule(name).weight)] > 1]
+    if shared:
+        raise ConfigError(
+            "an adapter beside a matrix that another layer shares cannot be merged into it",
+            seen=", ".join(shared),
+            do="leave the layer out of fine_tuning.lora.target_modules",
+        )
+
+
 def _fits(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}") or fnmatchcase(name, target)
 
 
 def add_adapters(model: nn.Module, settings: LoraSection, prefix: str) -> list[str]:
     """Put adapters beside the target layers of the blocks, in place; returns their names."""
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
     chosen = targets(model, settings, prefix)
-    config = LoraConfig(
+    _refuse_shared(model, chosen)
+    with _without_peft_norms():
+        inject_adapter_in_model(_peft_config(settings, chosen, init_lora_weights=False), model)
+    return chosen
+
+
+def _peft_config(settings: LoraSection, layers: Sequence[str], **others: Any) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=chosen,
+        target_modules=list(layers),
         use_dora=settings.use_dora,
-        init_lora_weights=False,
+        **others,
     )
-    with _without_peft_norms():
-        inject_adapter_in_model(config, model)
-    return chosen
+
+
+def save_adapter(
+    folder: Path,
+    settings: LoraSection,
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, str],
+    base: tuple[str, str | None],
+    transposed: bool,
+) -> None:
+    """Write peft's adapter_config.json and adapter_model.safetensors.
+
+    `tensors` are the adapters' by name; `layers` says what each of our layers is called in the model that peft will put
+    them into; `base` is the folder or hub name of that model, and its commit; `transposed`: its matrices are (in, out).
+    """
+    from safetensors.torch import save_file
+
+    others = {"base_model_name_or_path": base[0], "revision": base[1], "task_type": "CAUSAL_LM", "inference_mode": True}
+    _peft_config(settings, list(layers.values()), fan_in_fan_out=transposed, **others).save_pretrained(folder)
+    named = {}
+    for name, tensor in tensors.items():
+        kind = _match(name)[1]
+        end = kind if kind == "lora_magnitude_vector" else f"{kind}.weight"  # as peft names them
+        named[f"base_model.model.{layers[adapted_layer(name)]}.{end}"] = tensor.contiguous()
+    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def with_adapter(base: Path, folder: Path) -> nn.Module:
+    """A folder's model as transformers reads it, in fp32, with the adapter of another as peft puts it in.
+
+    Raises OSError where transformers finds no model.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, folder).eval()
 
 
 @contextlib.contextmanager
@@ -146,11 +216,10 @@ def initial_adapter(name: str, shape: Sequence[int], seed: int, matrix: Callable
     A is uniform in +-1/sqrt(columns) (Kaiming with a = sqrt 5, as peft), B zero, DoRA's magnitude the length of each row of
     `matrix()` (Liu et al. 2024, eq. 5), so that the model computes at first what it did without adapters.
     """
-    found = _ADAPTER.search(name)
-    assert found is not None
-    if found[1] == "lora_B":
+    kind = _match(name)[1]
+    if kind == "lora_B":
         return torch.zeros(*shape)
-    if found[1] == "lora_magnitude_vector":
+    if kind == "lora_magnitude_vector":
         return torch.linalg.vector_norm(matrix().float(), dim=1)
     generator = torch.Generator().manual_seed((seed << 32 | zlib.crc32(name.encode())) % (1 << 63))
     return (torch.rand(*shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])

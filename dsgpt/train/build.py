@@ -113,4 +113,4 @@ def check_model(engine: Engine, plan: ResolvedRun) -> None:
     if isinstance(plan.model, HFModelConfig):
         from dsgpt.model.hf import check_forward
 
-        check_forward(engine.module, plan.model.vocab_size, engine.world.device)
+        check_forward(engine.module, plan.model.vocab_size, engine.world.device, plan.config.data.document_mask)

@@ -20,10 +20,11 @@ import torch
 
 import dsgpt
 from dsgpt.checkpoint import commit
+from dsgpt.checkpoint.base_model import keep_base
 from dsgpt.config import to_yaml
 from dsgpt.distributed import World
 from dsgpt.engine import Engine
-from dsgpt.errors import ConfigError, LockedError
+from dsgpt.errors import ConfigError, DsgptError, LockedError
 from dsgpt.nodes import NodesReport
 from dsgpt.train.changes import check_same_run
 from dsgpt.train.resolve import ResolvedRun
@@ -55,7 +56,8 @@ def prepare_folder(plan: ResolvedRun, world: World) -> list[str]:
 def write_resolved(
     plan: ResolvedRun, world: World, log: RunLog, changes: list[str], nodes: NodesReport | None = None
 ) -> None:
-    """Write what is resolved, and keep the tokenizer with the run: after the resume worked, before step 1. Rank 0 only."""
+    """Write what is resolved, and keep with the run its tokenizer and what is said of its base model: after the resume
+    worked, before step 1. Rank 0 only."""
     error, folder = None, plan.output_dir
     if world.is_main:
         try:
@@ -70,10 +72,13 @@ def write_resolved(
                 shutil.rmtree(tmp, ignore_errors=True)
                 shutil.copytree(plan.data.tokenizer_folder, tmp)
                 tmp.rename(folder / "tokenizer")
+            keep_base(plan.config.model.init_from, folder)
         except OSError as problem:
             error = LockedError(
                 "the run folder cannot be written", seen=str(problem), do="free space, or choose another"
             )
+        except DsgptError as problem:
+            error = problem
     world.agree(error, "writing the run's config")
 
 

@@ -80,8 +80,10 @@ def find_data(config: RunConfig) -> RunData:
     known = [one for one in (*train, *validation) if not is_foreign(one.manifest)]
     _require_one_tokenizer(known)
     if known:
-        tokenizer: TokenizerRecord | None = known[0].manifest.tokenizer
-        folder: Path | None = known[0].path / known[0].manifest.tokenizer.path
+        # That of chats holds their template too.
+        made = next((one for one in known if one.manifest.kind == "chat"), known[0])
+        tokenizer: TokenizerRecord | None = made.manifest.tokenizer
+        folder: Path | None = made.path / made.manifest.tokenizer.path
     else:
         folder = config.tokenizer.path
         tokenizer = tokenizer_record(folder) if folder else None

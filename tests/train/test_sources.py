@@ -64,6 +64,17 @@ def test_sources_from_another_machine_are_found_below_data_root(write_run, tmp_p
     assert found.data.foreign == [str(tmp_path / "root/corpora/code_document")]
 
 
+def test_of_texts_and_chats_the_chats_tokenizer_is_kept_because_it_has_their_template(write_run, tmp_path, dataset):
+    from dsgpt.data.chat import ChatChoices, prepare_chat
+
+    turns = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because."}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    prepare_chat([tmp_path / "chat.jsonl"], dataset / "tokenizer", tmp_path / "chats", ChatChoices(seq_length=96))
+    found = resolve(write_run(), train(dataset, tmp_path / "chats"), "training.seq_length=96")
+    assert (found.data.tokenizer_folder / "chat_template.jinja").is_file()
+    assert found.data.tokenizer.sha256 == resolve(write_run()).data.tokenizer.sha256
+
+
 def test_validation_sets_of_equal_names_are_told_apart() -> None:
     assert _distinct_names([Path("/d/a"), Path("/d/b")]) == ["a", "b"]
     assert _distinct_names([Path("/x/data"), Path("/y/data"), Path("/z")]) == ["x/data", "y/data", "/z"]
