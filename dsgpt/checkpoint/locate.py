@@ -43,5 +43,14 @@ def locate_checkpoint(text: str) -> Path:
     return wanted
 
 
+def tokenizer_folder(checkpoint: Path) -> Path:
+    """Of the run whose checkpoint it is: beside its other checkpoints, also where it was set aside in a folder of its own.
+
+    It need not exist.
+    """
+    runs = [parent for parent in checkpoint.absolute().parents if (parent / "tokenizer").is_dir()]
+    return (runs[0] if runs else checkpoint.absolute().parent.parent) / "tokenizer"
+
+
 def _steps(committed: list[tuple[int, Path]]) -> str:
     return ", ".join(str(number) for number, _ in committed)
