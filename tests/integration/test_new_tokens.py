@@ -72,7 +72,16 @@ def losses(folder):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("kind, stage", [("llama", "zero3"), ("gpt2", "zero2"), ("phi", "zero3"), ("opt", "zero2")])
+# One native model with a head of its own and one that is tied; one of transformers with a bias in its head, and one that is tied.
+@pytest.mark.parametrize(
+    "kind, stage",
+    [
+        ("llama", "zero2"),
+        ("phi", "zero3"),
+        pytest.param("gpt2", "zero3", marks=pytest.mark.slow),
+        pytest.param("opt", "zero2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_hugging_face_model_grows_as_in_transformers_trains_resumes_and_comes_out(
     kind,
     stage,
