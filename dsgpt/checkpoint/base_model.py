@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from dsgpt.checkpoint import commit
-from dsgpt.checkpoint.locate import locate_checkpoint
+from dsgpt.checkpoint.locate import locate_checkpoint, run_of
 from dsgpt.config.model import described_folder
 from dsgpt.errors import CheckpointError
 from dsgpt.hub import locate_hf
@@ -137,9 +137,3 @@ def read_base(run_dir: Path) -> BaseModel | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         do = f"bring it back, or remove {record.parent}: then exports do not know their base model"
         raise CheckpointError("what the run kept of its base model is damaged", f"{record}: {error!r}", do) from error
-
-
-def run_of(checkpoint: Path) -> Path:
-    """The folder of the run that a checkpoint belongs to, also where it was set aside in a folder of its own."""
-    parents = list(checkpoint.absolute().parents)
-    return next((parent for parent in parents if (parent / "tokenizer").is_dir()), parents[1])

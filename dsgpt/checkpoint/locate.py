@@ -43,5 +43,11 @@ def locate_checkpoint(text: str) -> Path:
     return wanted
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to, also where it was set aside in a folder of its own."""
+    parents = list(checkpoint.absolute().parents)
+    return next((parent for parent in parents if (parent / "tokenizer").is_dir()), parents[1])
+
+
 def _steps(committed: list[tuple[int, Path]]) -> str:
     return ", ".join(str(number) for number, _ in committed)

@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from dsgpt.checkpoint import retention
-from dsgpt.checkpoint.base_model import BaseModel, read_base, run_of
+from dsgpt.checkpoint.base_model import BaseModel, read_base
+from dsgpt.checkpoint.locate import run_of
 
 UNKNOWN_LICENCE = {"license": "unknown"}
 _USES = {

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dsgpt.checkpoint import commit
-from dsgpt.checkpoint.base_model import run_of
-from dsgpt.checkpoint.locate import locate_checkpoint, split_step
+from dsgpt.checkpoint.locate import locate_checkpoint, run_of, split_step
 from dsgpt.checkpoint.plain import PlainWeights
 from dsgpt.checkpoint.reader import CheckpointReader
 from dsgpt.config import HFModelConfig, ModelConfig, parse_model
@@ -24,7 +23,7 @@ from dsgpt.errors import CheckpointError, Problem
 from dsgpt.hub import locate_hf
 from dsgpt.model.build import build_model, model_shapes
 from dsgpt.model.hf_import import open_hf_weights, read_architecture
-from dsgpt.model.tensor_reader import TensorReader, refuse_other_shapes
+from dsgpt.model.tensor_reader import GrownReader, TensorReader, refuse_other_shapes
 
 if TYPE_CHECKING:
     from dsgpt.partitioned import Fragment
@@ -108,10 +107,10 @@ class InitialWeights:
     bytes_read: Callable[[], int] = lambda: 0
 
 
-def checkpoint_weights(checkpoint: Path) -> InitialWeights:
-    """Those of a verified checkpoint; what adapters there add is in the matrices."""
+def checkpoint_weights(checkpoint: Path, rows: Mapping[str, int] | None = None) -> InitialWeights:
+    """Those of a verified checkpoint; what adapters there add is in the matrices. `rows` as in `GrownReader`."""
     reader = CheckpointReader(checkpoint)
-    weights = PlainWeights(reader)
+    weights = GrownReader(PlainWeights(reader), rows or {})
     return InitialWeights(
         lambda fragment, kind: weights.read(fragment.name, fragment.start, fragment.numel),
         reader.buffers(),
@@ -122,8 +121,8 @@ def checkpoint_weights(checkpoint: Path) -> InitialWeights:
 def hf_weights(
     folder: Path, config: ModelConfig, trust: bool = False, rows: Mapping[str, int] | None = None
 ) -> InitialWeights:
-    """Those of a Hugging Face folder, of the given architecture; `trust` as in `load_model`, `rows` in `open_hf_weights`."""
-    reader = open_hf_weights(folder, config, trust, rows)
+    """Those of a Hugging Face folder, of the architecture it has; `trust` as in `load_model`, `rows` as in `GrownReader`."""
+    reader = GrownReader(open_hf_weights(folder, config, trust), rows or {})
     return InitialWeights(
         lambda fragment, kind: reader.read(fragment.name, fragment.start, fragment.numel),
         {name: reader.tensor(name) for name in model_shapes(config)[1]},

@@ -43,6 +43,12 @@ from dsgpt.cli.preparing import Numbers, ShardOf, Share, command_line, print_cou
     help="Jinja file.  [default: the tokenizer's, or ChatML]",
 )
 @click.option(
+    "--add-tokens",
+    multiple=True,
+    metavar="TEXT",
+    help="Add a special token that the tokenizer lacks, e.g. <|im_end|> (may be given several times); the model grows.",
+)
+@click.option(
     "--validation", type=Share(), default="0", show_default=True, help="Share of the conversations to set aside."
 )
 @click.option("--max-bad-fraction", type=Share(), default="0.1%", show_default=True, help="Fail above this share.")

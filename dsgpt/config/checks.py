@@ -5,8 +5,10 @@ Each finding names the keys it rests on, so that the loader can drop findings ab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from dsgpt.config.model import described_folder
@@ -23,7 +25,7 @@ class Finding:
 
 def check(config: RunConfig) -> list[Finding]:
     """Every contradiction between the keys of a config."""
-    parts = (_check_model, _check_length, _check_data, _check_optimizer, _check_run)
+    parts = (_check_model, _check_fine_tuning, _check_length, _check_data, _check_optimizer, _check_run)
     return [finding for part in parts for finding in part(config)]
 
 
@@ -83,6 +85,39 @@ def _check_model(config: RunConfig) -> Iterator[Finding]:
             f"{config.training.seq_length} > model.max_position_embeddings = {longest}",
             f"set training.seq_length to at most {longest}, or raise model.max_position_embeddings",
         )
+
+
+def _check_fine_tuning(config: RunConfig) -> Iterator[Finding]:
+    settings, which = config.fine_tuning, "fine_tuning.train"
+    if config.model.init_from == "scratch" and settings.train != "all":
+        yield _finding(
+            ("model.init_from", which),
+            "a model from scratch cannot be frozen in part: what is frozen would stay at random",
+            f"model.init_from=scratch, fine_tuning.train={settings.train}",
+            "model.init_from=hf:<folder> or checkpoint:<run>, or fine_tuning.train=all",
+        )
+    if settings.train == "patterns" and not settings.patterns:
+        do = (
+            "fine_tuning.patterns=[NAME, ...] with * for anything; a start prints the model's names where one fits none"
+        )
+        yield _finding((which, "fine_tuning.patterns"), "patterns are trained, and there are none", "an empty list", do)
+    if not settings.unfreeze_at:
+        return
+    keys = (which, "fine_tuning.unfreeze_at", "fine_tuning.num_last_blocks")
+    stages = dict(sorted(settings.unfreeze_at.items()))
+    if settings.train in ("all", "lora"):
+        what = "fine_tuning.unfreeze_at has nothing to unfreeze"
+        if settings.train == "lora":
+            what = "fine_tuning.unfreeze_at would train matrices that have adapters"
+        do = "fine_tuning.train=last_blocks, or leave unfreeze_at out"
+        yield _finding(keys, what, f"fine_tuning.train={settings.train}, unfreeze_at={stages}", do)
+        return
+    first = settings.num_last_blocks if settings.train == "last_blocks" else 0
+    numbers = [math.inf if one == "all" else one for one in (0 if first == "auto" else first, *stages.values())]
+    if any(later <= earlier for earlier, later in pairwise(numbers)):
+        seen = f"unfreeze_at={stages}" + (f", num_last_blocks={first}" if settings.train == "last_blocks" else "")
+        what = "each step of fine_tuning.unfreeze_at must train more blocks than before"
+        yield _finding(keys, what, seen, "growing numbers, all at the end: {1000: 4, 2000: all}")
 
 
 def _check_length(config: RunConfig) -> Iterator[Finding]:
@@ -208,9 +243,12 @@ def ineffective_settings(config: RunConfig, written: set[str]) -> list[str]:
         reasons["model.rope_theta"] = "positions are learned, not rotary"
     kind, _, name = model.init_from.partition(":")
     if kind not in ("scratch", "deepspeed") or (kind == "deepspeed" and described_folder(Path(name))):
-        own = ("init_from", "trust_checkpoint", "dropout")
+        own = ("init_from", "trust_checkpoint", "dropout", "implementation")
         for key in (key for key in type(model).model_fields if key not in own):
             reasons[f"model.{key}"] = f"the shape comes from {model.init_from}"
+    if kind != "hf" and not (kind == "deepspeed" and described_folder(Path(name))):
+        reasons["model.implementation"] = "it is about hf:<folder>; there is one implementation of anything else"
+    reasons |= _ineffective_fine_tuning(config)
     stop, training = config.run.stop_at_step, config.training
     if stop is not None and training.num_epochs is None and stop >= training.num_steps():
         reasons["run.stop_at_step"] = f"the run has {training.num_steps()} steps"
@@ -220,11 +258,33 @@ def ineffective_settings(config: RunConfig, written: set[str]) -> list[str]:
     return [f"{key} has no effect: {reason}" for key, reason in reasons.items() if key in changed]
 
 
+def _ineffective_fine_tuning(config: RunConfig) -> dict[str, str]:
+    """Dotted key -> why it changes nothing."""
+    settings, training = config.fine_tuning, config.training
+    reasons: dict[str, str] = {}
+    only = {"last_blocks": ("num_last_blocks", "train_embeddings"), "patterns": ("patterns",)}
+    for needed, keys in only.items():
+        if settings.train != needed:
+            told = f"fine_tuning.train is {settings.train}, not {needed}"
+            # Blocks that are unfrozen later take the embeddings along where it is set.
+            later = settings.train == "patterns" and bool(settings.unfreeze_at)
+            reasons |= {f"fine_tuning.{key}": told for key in keys if not (key == "train_embeddings" and later)}
+    if settings.train != "lora":
+        told = f"fine_tuning.train is {settings.train}, not lora"
+        reasons |= {f"fine_tuning.lora.{key}": told for key in type(settings.lora).model_fields}
+    length = (training.max_steps, training.max_tokens, training.num_epochs)
+    if training.num_epochs is None and sum(one is not None for one in length) == 1:
+        steps = training.num_steps()
+        late = (step for step in settings.unfreeze_at if step >= steps)
+        reasons |= {f"fine_tuning.unfreeze_at.{step}": f"the run has {steps} steps" for step in late}
+    return reasons
+
+
 def _defaults_written_out(config: RunConfig) -> set[str]:
     """Dotted keys of scalar settings whose value is the default anyway (a resolved config spells all of them out)."""
     same = {"data.train.0.weight"} if config.data.train[0].weight == 1 else set()
-    for name in ("model", "optimizer"):
-        section = getattr(config, name)
+    sections = {"model": config.model, "optimizer": config.optimizer, "fine_tuning": config.fine_tuning}
+    for name, section in {**sections, "fine_tuning.lora": config.fine_tuning.lora}.items():
         for key, field in type(section).model_fields.items():
             if getattr(section, key) == field.default:
                 same.add(f"{name}.{key}")

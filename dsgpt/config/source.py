@@ -113,7 +113,8 @@ class _Reader:
     def mapping(self, node: yaml.MappingNode, path: str) -> dict[str, Tree]:
         result: dict[str, Tree] = {}
         for key_node, value_node in node.value:
-            if key_node.tag not in (_TAG + "str", _TAG + "int"):  # a step is a key of fine_tuning.unfreeze_at
+            is_step = key_node.tag == _TAG + "int" and path == "fine_tuning.unfreeze_at"
+            if key_node.tag != _TAG + "str" and not is_step:
                 self.refuse(f"{path or self.label}: a key that is not a word", key_node, "write a key of the config")
                 continue
             here = f"{path}.{key_node.value}" if path else key_node.value

@@ -72,6 +72,7 @@ class ChatChoices:
     instruction       put before the text of a pair
     loss_on           "assistant": what assistants say, and what records say of messages; "all": everything
     chat_template     text of a Jinja template, instead of the tokenizer's
+    add_tokens        special tokens to add to the tokenizer, where it lacks them: those of the template, say
     seq_length        the T of training, in tokens; a conversation may have T + 1. None: nothing is too long
     too_long          "drop" and count, "truncate" at the end and count, or "refuse" the job
     validation, max_bad_fraction, workers, share, command    as in dsgpt.data.choices.Choices
@@ -82,6 +83,7 @@ class ChatChoices:
     instruction: str = ""
     loss_on: LossOn = "assistant"
     chat_template: str | None = None
+    add_tokens: tuple[str, ...] = ()
     seq_length: int | None = None
     too_long: TooLong = "drop"
     validation: float = 0.0
@@ -149,6 +151,7 @@ def prepare_chat(
     engine = f"tokenizers {tokenizers.__version__}"
     folder = Path(output)
     loaded = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
+    loaded = loaded.with_special_tokens(choices.add_tokens)
     template = ChatTemplate(loaded, choices.chat_template)
     with locked(folder, alone=choices.share.is_all), Pool(choices.workers) as pool:
         paths = find_sources(inputs, exclude=output, spool=folder / STATE if choices.share.is_all else None)
@@ -156,6 +159,10 @@ def prepare_chat(
         form = form or replace(_detect(sources), instruction=choices.instruction)
         announce(f"format: {form.verdict or form.name}")
         announce(f"chat template: {template.source}; loss on: {choices.loss_on}")
+        if pieces := template.pieces:
+            announce(
+                f"{' and '.join(pieces)} are several tokens each; --add-tokens makes them one each, new to the model"
+            )
         plan = Plan(
             format_version=manifests.FORMAT_VERSION,
             sources=sources,

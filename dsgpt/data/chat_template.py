@@ -59,6 +59,7 @@ DEFAULT = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
+CHATML = ("<|im_start|>", "<|im_end|>")
 # Two planes of characters that belong to nobody: one stands for what looks like a special token in the text of messages,
 # the other for those of the template. And two that are no characters: where a generation begins and ends.
 _FIRST_MARK, _FIRST_CONTROL = 0xF0000, 0x100000
@@ -106,6 +107,11 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             do = "correct it, or give another one with --chat-template"
             raise DataError("the chat template is not one", seen=f"{self.source}: {error}", do=do) from error
+
+    @property
+    def pieces(self) -> list[str]:
+        """What the default template writes between turns and this tokenizer does not have as tokens."""
+        return [] if self.text != DEFAULT else [one for one in CHATML if one not in self._special]
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any], add_generation_prompt: bool = False) -> str:
         """The conversation as text. Raises Unusable where the template refuses it."""

@@ -55,27 +55,29 @@ class Packing:
         return self.tokens / (len(self) * self.capacity) if len(self) else 1.0
 
 
-def pack(lengths: ArrayLike, capacity: int) -> Packing:
+def pack(lengths: ArrayLike, capacity: int, where: str = "") -> Packing:
     """Rows of at most `capacity` tokens, each sample of 1 token or more in exactly one of them.
 
-    Raises DataError for a sample without tokens, and for one longer than a row.
+    Raises DataError, which names `where` they are from, for a sample without tokens, and for one longer than a row.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if capacity < 1:
         raise ValueError(f"a row needs room for a token, got a capacity of {capacity}")
+    where = f"{where}: " if where else ""
     empty, too_long = np.flatnonzero(sizes < 1), np.flatnonzero(sizes > capacity)
     if len(empty):
         raise DataError(
             "a sample without tokens cannot be packed",
-            seen=f"{len(empty)} of {len(sizes)} samples, the first is number {empty[0]}",
+            seen=f"{where}{len(empty)} of {len(sizes)} samples, the first is number {empty[0]}",
             do="leave them out before packing",
         )
     if len(too_long):
         raise DataError(
             f"samples do not fit into rows of {capacity} tokens",
-            seen=f"{len(too_long)} of {len(sizes)} samples; number {too_long[0]} has {sizes[too_long[0]]} tokens, "
+            seen=f"{where}{len(too_long)} of {len(sizes)} samples; number {too_long[0]} has {sizes[too_long[0]]} tokens, "
             f"the longest {sizes.max()}",
-            do=f"raise training.seq_length, or prepare the conversations with --seq-length {capacity - 1} (and --too-long)",
+            do=f"raise training.seq_length, or prepare the conversations again: dsgpt data prepare-chat ... --seq-length "
+            f"{capacity - 1} leaves out what is longer, with --too-long truncate it is cut",
         )
     # Stable, so that samples of one length keep their order: the result is a function of the lengths alone.
     longest_first = np.argsort(-sizes, kind="stable")
@@ -237,6 +239,6 @@ def open_chat(folder: str | Path, split: str, seq_length: int) -> PackedSamples:
         masks.append(mask)
     lengths = np.concatenate([np.asarray(reader.lengths, np.int64) for reader in readers])
     edges = np.concatenate(([0], np.cumsum(lengths)))
-    packing = pack(lengths, seq_length + 1)
+    packing = pack(lengths, seq_length + 1, str(folder))
     ids = _Joined([reader.tokens for reader in readers])
     return PackedSamples(ids, edges, _Joined(masks), packing, f"{manifest.fingerprint} {split}")

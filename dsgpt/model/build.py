@@ -37,6 +37,18 @@ def model_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[
     return parameters, shapes((name, tuple(buffer.shape)) for name, buffer in model.named_buffers() if name in saved)
 
 
+def vocabulary_names(config: ModelConfig) -> list[str]:
+    """The parameters that have a row for each token: the input embeddings and the head, a shared one once."""
+    if not isinstance(config, HFModelConfig):
+        return ["embed_tokens.weight"] if config.tie_word_embeddings else ["embed_tokens.weight", "lm_head.weight"]
+    from dsgpt.model.hf import skeleton
+
+    model = skeleton(config)
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in theirs]
+
+
 def blocks_prefix(names: Iterable[str], num_blocks: int) -> str:
     """What the names of all blocks' parameters begin with: "blocks." of blocks.0.…, "model.layers." of model.layers.0.…
 

@@ -65,10 +65,12 @@ def hf_model_config(raw: Mapping[str, Any], num_parameters: int, where: Path | s
             do="another model, or a newer transformers; code that comes with a model is never run",
         )
     try:
-        config = CONFIG_MAPPING[kind].from_dict(dict(raw)).get_text_config(decoder=True)
-        sizes = {ours: _first(config, theirs) for ours, theirs in _NAMES.items()}
+        config = CONFIG_MAPPING[kind].from_dict(dict(raw))
+        text = config.get_text_config(decoder=True)
+        sizes = {ours: _first(text, theirs) for ours, theirs in _NAMES.items()}
     except Exception as error:  # its checks have exceptions of their own
         raise ConfigError("config.json is incomplete or damaged", seen=f"{where}: {error!r}") from error
+    _refuse_other_tasks(raw, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind], config is text, where)
     heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
     inner = _first(config, ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"), 4 * hidden)
     return HFModelConfig(
@@ -80,6 +82,23 @@ def hf_model_config(raw: Mapping[str, Any], num_parameters: int, where: Path | s
         hf=dict(raw),
         num_parameters=num_parameters,
     )
+
+
+def _refuse_other_tasks(raw: Mapping[str, Any], causal: str, is_plain: bool, where: Path | str) -> None:
+    """Of these kinds there are causal language models, but a folder may hold more than one, or one for another task."""
+    given = [str(name) for name in raw.get("architectures") or ()]
+    seen = f"{where}: model_type={raw['model_type']!r}, architectures={given}"
+    if not is_plain:
+        raise ConfigError(
+            "a model of several parts (an encoder, images or sounds beside text), of which one alone is a language model",
+            seen=seen,
+            do="save its language model alone: a folder whose config.json is that of the text model",
+        )
+    # The bare decoder, without its head, is saved under the name ...Model.
+    if given and causal not in given and not all(name.endswith("Model") for name in given):
+        raise ConfigError(
+            "a model for another task than predicting the next token", seen=seen, do=f"a folder that holds a {causal}"
+        )
 
 
 def _first(config: Any, names: tuple[str, ...], default: Any = None) -> Any:
@@ -181,8 +200,9 @@ def _forward(
 def check_forward(model: Any, vocab_size: int, device: torch.device, documents: bool = True) -> None:
     """Compare our forward with transformers' own, and choose the mask that keeps `documents` apart. All ranks must call it.
 
-    Raises ConfigError where the architecture does something to its logits that is not known here, or where documents in
-    one row see each other either way; not the latter where rows have one document each, and `documents` is False.
+    Raises ConfigError where the architecture does something to its logits that is not known here, where tokens see later
+    ones, and where documents in one row see each other either way; not the last where rows have one document each, and
+    `documents` is False.
     """
     was_training, dtype = model.training, next(model.parameters()).dtype
     model.eval()

@@ -24,7 +24,7 @@ from dsgpt.errors import ConfigError, Problem
 from dsgpt.model.build import model_shapes
 from dsgpt.model.hf_format import ARCHITECTURES, FORMAT_VERSION, Part, find_parts
 from dsgpt.model.safetensors_folder import SafetensorsFolder
-from dsgpt.model.tensor_reader import GrownReader, PartReader, TensorReader, refuse_other_shapes
+from dsgpt.model.tensor_reader import PartReader, TensorReader, refuse_other_shapes
 
 # Describe the file, its tokenizer, its writer or generation, not the mathematics of training.
 _NEUTRAL = {
@@ -42,7 +42,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "layer_types": (None,),
     "partial_rotary_factor": (None, 1.0),
-    "quantization_config": (None,),
+    "quantization_config": (None,),  # any other is refused before
     "reorder_and_upcast_attn": (False,),
     "rope_scaling": (None,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -135,6 +135,12 @@ def _read_json(path: Path) -> dict[str, Any]:
             do="hf:<folder> with config.json and safetensors; download it there first",
         ) from error
     _refuse_code(raw, path)
+    if raw.get("quantization_config") is not None:
+        raise ConfigError(
+            "the weights are quantised, and training needs them in 16 or 32 bits",
+            seen=f"{path}: quantization_config={raw['quantization_config']!r}",
+            do="take the model from which this one was quantised, or save it dequantised",
+        )
     return raw
 
 
@@ -213,14 +219,9 @@ def _llama(raw: Mapping[str, Any], qk_norm: bool) -> ModelConfig:
     )
 
 
-def open_hf_weights(
-    folder: str | Path, config: ModelConfig, trust: bool = False, rows: Mapping[str, int] | None = None
-) -> TensorReader:
+def open_hf_weights(folder: str | Path, config: ModelConfig, trust: bool = False) -> TensorReader:
     """A reader of the folder's tensors under native names, shared ones under their first; of dsgpt's own format, running
-    statistics too.
-
-    `rows` allows native tensors to have more rows than the folder's (`GrownReader`). Raises ConfigError naming every
-    tensor that is not right.
+    statistics too. Raises ConfigError naming every tensor that is not right.
     """
     files = open_weights(Path(folder), trust)
     own = config.export_format == "dsgpt"
@@ -238,7 +239,7 @@ def open_hf_weights(
     ]
     if whole_numbers:
         raise ConfigError(problems=whole_numbers)
-    reader = GrownReader(PartReader(files, parts), rows or {})
+    reader = PartReader(files, parts)
     refuse_other_shapes("the weights do not fit their config.json", reader.shapes, parameters | buffers)
     return reader
 
@@ -247,6 +248,20 @@ def read_hf_weights(folder: str | Path, config: ModelConfig, trust: bool = False
     """All native tensors of `open_hf_weights` whole, fp32: for small models."""
     reader = open_hf_weights(folder, config, trust)
     return {name: reader.tensor(name) for name in reader.shapes}
+
+
+def require_weights(folder: Path, trust: bool = False) -> None:
+    """Raise ConfigError where a folder has no weights that may be read; they are not looked into."""
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(folder.glob("pytorch_model*.bin")):
+        if not trust:
+            open_weights(folder)
+        return
+    there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise ConfigError(
+        "the folder has no weights", seen=f"{folder} holds {there}", do="fetch the model whole: dsgpt fetch hf:NAME"
+    )
 
 
 def open_weights(folder: Path, trust: bool = False) -> SafetensorsFolder | PickledFolder:

@@ -39,6 +39,7 @@ _FILES = (
     "vocab.txt",
     "tokenizer_training.json",
 )
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 # What they are called in transformers, and as GPT-2 was published.
 _GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
@@ -155,6 +156,15 @@ class Tokenizer:
         special = {name: token for name, token in found.special_tokens_map.items() if isinstance(token, str)}
         return cls(backend, special, template=template)
 
+    def with_special_tokens(self, texts: Sequence[str]) -> Tokenizer:
+        """This one, where it lacks none; else one in which those it lacks come after its own, each a single token."""
+        known = {token.content for token in self._backend.get_added_tokens_decoder().values() if token.special}
+        if known.issuperset(texts):
+            return self
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in texts])
+        return Tokenizer(backend, self._special, template=self.chat_template)
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: nothing is added, and nothing in the text counts as a special token."""
         # A batch of one: without the bookkeeping of character offsets this is half as fast again as the plain call.
@@ -231,7 +241,7 @@ def _special_of(folder: Path) -> dict[str, Any]:
             continue
         except ValueError as error:
             raise _unreadable(folder / name, error) from error
-        special |= {key: raw[key] for key in ("bos_token", "eos_token") if raw.get(key) is not None}
+        special |= {key: raw[key] for key in _SPECIAL if raw.get(key) is not None}
     return special
 
 

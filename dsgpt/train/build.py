@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dsgpt.config import HFModelConfig, RunConfig
+from dsgpt.config import HFModelConfig
 from dsgpt.config.fine_tuning import Trained
 from dsgpt.distributed import World
 from dsgpt.engine import Engine, construct, gather_for, give_values
-from dsgpt.errors import ConfigError
 from dsgpt.model.build import blocks_of, blocks_prefix, build_model
 from dsgpt.model.lora import add_adapters, import_peft, weights_used_outside
 from dsgpt.model.recompute import apply_activation_checkpointing
@@ -85,16 +84,6 @@ def _add_noise(model: nn.Module, alpha: float) -> None:
         return output + torch.empty_like(output).uniform_(-strength, strength)
 
     next(one for one in model.modules() if isinstance(one, nn.Embedding)).register_forward_hook(add)
-
-
-def needs_pretrained(config: RunConfig) -> None:
-    """Raise ConfigError where parts are frozen that nothing has trained."""
-    if config.model.init_from == "scratch" and config.fine_tuning.train != "all":
-        raise ConfigError(
-            "a model from scratch cannot be frozen in part: what is frozen would stay at random",
-            seen=f"model.init_from=scratch, fine_tuning.train={config.fine_tuning.train}",
-            do="model.init_from=hf:<folder>, or fine_tuning.train=all",
-        )
 
 
 def late_steps(run: Run) -> dict[str, int]:

@@ -6,7 +6,7 @@ read, each what it owns (engine.load); rank 0 says what was carried.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from torch import Tensor
 from dsgpt.checkpoint.deepspeed_import import deepspeed_weights
 from dsgpt.checkpoint.weights import checkpoint_weights, hf_weights
 from dsgpt.hub import locate_hf
+from dsgpt.model.build import vocabulary_names
 from dsgpt.model.lora import base_of_adapter, has_transposed, initial_adapter, is_adapter, plain_name
 from dsgpt.partitioned import Fragment
 from dsgpt.train.build import check_model
@@ -36,15 +37,36 @@ def read_weights(run: Run) -> None:
     if origin == "deepspeed":
         _read_deepspeed(run, Path(place))
         return
+    there, rows = run.plan.model, dict[str, int]()
+    if run.plan.grown_from is not None:
+        there = there.model_copy(update={"vocab_size": run.plan.grown_from})
+        rows = dict.fromkeys(vocabulary_names(there), run.plan.model.vocab_size)
     if origin == "checkpoint":
-        weights = checkpoint_weights(find_source(place, run.world, verify))
+        weights = checkpoint_weights(find_source(place, run.world, verify), rows)
     else:
-        weights = hf_weights(locate_hf(place), run.plan.model, section.trust_checkpoint)
+        weights = hf_weights(locate_hf(place), there, section.trust_checkpoint, rows)
     run.engine.load(_with_adapters(run, weights.read), ("master",), 0)
     run.engine.load_buffers(weights.buffers)
     (total,) = run.world.sum(float(weights.bytes_read()))
     run.log.event("weights_read", f"read the weights: {format_bytes(total)}, all ranks together", bytes=int(total))
+    if rows:
+        _tell_growth(run, rows)
     check_model(run.engine, run.plan)
+
+
+def _tell_growth(run: Run, rows: Mapping[str, int]) -> None:
+    before, after = run.plan.grown_from, run.plan.model.vocab_size
+    text = f"the vocabulary grew from {before} to {after}: new rows of {', '.join(rows)} are the mean of all"
+    run.log.event("vocabulary_grown", text, before=before, after=after, parameters=list(rows))
+    settings = run.plan.config.fine_tuning
+    frozen = [name for name in map(plain_name, run.engine.frozen_shapes()) if name in rows]
+    if frozen and "all" not in settings.unfreeze_at.values():
+        do = {"last_blocks": "fine_tuning.train_embeddings=true", "patterns": "a pattern for them"}
+        text = (
+            f"warning: new rows of {', '.join(frozen)} are never trained, so there all new tokens stay one and the same; "
+            f"{do.get(settings.train, 'fine_tuning.train=all, or last_blocks with train_embeddings=true,')} trains them"
+        )
+        run.log.event("new_tokens_frozen", text, parameters=frozen)
 
 
 def _with_adapters(run: Run, read: Source) -> Source:

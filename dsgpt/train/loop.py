@@ -21,7 +21,7 @@ from dsgpt.engine import Engine
 from dsgpt.errors import ConfigError, NumericalError
 from dsgpt.optimizer import learning_rate
 from dsgpt.process import StopRequest
-from dsgpt.train.build import build_engine, needs_pretrained
+from dsgpt.train.build import build_engine
 from dsgpt.train.folder import forecast_space, prepare_folder, write_resolved
 from dsgpt.train.initial import read_weights
 from dsgpt.train.left_out import LeftOutSteps
@@ -165,7 +165,6 @@ def _build(
     continuation: Continuation,
 ) -> Run:
     config = plan.config
-    needs_pretrained(config)
     heartbeat.phase("open the data", 0, 3 * config.run.hang_timeout_seconds)
     sources = [source.open(config, plan.model.vocab_size) for source in plan.data.train]
     stream = MixtureStream(sources, first_segments(plan), config.run.seed)

@@ -18,9 +18,9 @@ from dsgpt.config.model import described_folder
 from dsgpt.config.schema import nearest_divisors
 from dsgpt.data.manifest import TokenizerRecord
 from dsgpt.errors import ConfigError, DataError, Problem
-from dsgpt.hub import locate_hf
 from dsgpt.planning import activation_bytes, parameter_count, resolve_auto, state_bytes
-from dsgpt.train.sources import UNKNOWN, RunData, find_data, tokenizer_record
+from dsgpt.train.sources import RunData, find_data
+from dsgpt.train.vocabulary import Origin, find_origin, fit_vocabulary
 from dsgpt.units import format_bytes, format_count
 
 EXPORTS = {
@@ -34,7 +34,10 @@ EXPORTS = {
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A run with nothing left to decide. `data` is where its samples come from."""
+    """A run with nothing left to decide. `data` is where its samples come from.
+
+    `grown_from` is the size of the vocabulary that the initial weights have, where the model's is larger.
+    """
 
     config: RunConfig
     model: ModelConfig
@@ -44,6 +47,7 @@ class ResolvedRun:
     device: str
     max_steps: int
     notes: list[str] = field(default_factory=list)
+    grown_from: int | None = None
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -104,18 +108,10 @@ def resolve_run(
             seen=f"{data.samples_per_epoch} sequences of {t.seq_length} tokens",
             do=f"prepare more text, or lower training.global_batch_size (now {t.global_batch_size}) or seq_length",
         )
-    model = _model_config(config, data.tokenizer)
-    vocab_size = data.tokenizer.vocab_size if data.tokenizer else 0
-    if model.vocab_size < vocab_size:
-        scratch = config.model.init_from == "scratch"
-        raise ConfigError(
-            "the model's vocabulary is smaller than the tokenizer's",
-            seen=f"model.vocab_size={model.vocab_size}, tokenizer {vocab_size}",
-            do=f"model.vocab_size={vocab_size}, or leave it out"
-            if scratch
-            else f"prepare the data with the tokenizer of {config.model.init_from}",
-        )
-    _check_tokenizer(config, data)
+    origin = find_origin(config)
+    there = _model_config(config, origin, data.tokenizer)
+    _check_blocks(config, there)
+    model, told = fit_vocabulary(config, origin, there, data)
     config = _with_model(config, model)
     _check_ranks(config, world_size)
     config, notes = resolve_auto(
@@ -124,7 +120,10 @@ def resolve_run(
     config.training.gradient_accumulation_steps(world_size)
     deepspeed = fill_deepspeed(config, world_size, parameter_count(model))
     max_steps = config.training.num_steps(data.samples_per_epoch)
-    return ResolvedRun(config, model, deepspeed, data, world_size, device, max_steps, notes)
+    grown_from = None if model.vocab_size == there.vocab_size else there.vocab_size
+    return ResolvedRun(
+        config, model, deepspeed, data, world_size, device, max_steps, [*told, *notes], grown_from=grown_from
+    )
 
 
 def nothing_left(run: ResolvedRun) -> str:
@@ -163,52 +162,9 @@ def check_ranks(config: RunConfig, world_size: int, cannot: str, command: str) -
     )
 
 
-def _check_tokenizer(config: RunConfig, data: RunData) -> None:
-    """The data's tokenizer must be the one asked for and the one the initial weights were trained with.
-
-    Ids of another tokenizer train without an error, and mean nothing. A Hugging Face folder without tokenizer files
-    cannot be compared, nor data of which nobody said what made it.
-    """
-    if data.tokenizer is None:
-        return
-    wanted: list[tuple[str, str]] = []
-    if config.tokenizer.path is not None:
-        wanted.append((f"tokenizer.path={config.tokenizer.path}", tokenizer_record(config.tokenizer.path).sha256))
-    origin, location = _origin(config)
-    if origin in ("checkpoint", "fork"):
-        manifest = commit.read_manifest(locate_checkpoint(location))
-        wanted.append((config.model.init_from, manifest["data"]["tokenizer_sha256"]))
-    folder = (described_folder(Path(location)) if origin == "deepspeed" else None) or Path(location)
-    if origin in ("hf", "deepspeed") and (folder / "tokenizer.json").exists():
-        wanted.append((config.model.init_from, tokenizer_record(folder).sha256))
-    problems = [
-        Problem(
-            f"the data was made with another tokenizer than {name} has",
-            seen=f"{data.train[0].path}: {data.tokenizer.sha256[:12]}, there {found[:12]}",
-            do="prepare the data with that tokenizer",
-        )
-        for name, found in wanted
-        if found not in (data.tokenizer.sha256, UNKNOWN)
-    ]
-    if problems:
-        raise ConfigError(problems=problems)
-
-
-def _origin(config: RunConfig) -> tuple[str, str]:
-    """What init_from names, as (kind, place); the run's own checkpoints where it has some already.
-
-    What a run started from may be gone by the time it continues.
-    """
-    origin, _, location = config.model.init_from.partition(":")
-    continues = config.resume != "fresh" and commit.list_committed(config.run.output_dir / "checkpoints")
-    if origin != "scratch" and continues:
-        return "checkpoint", str(config.run.output_dir)
-    return origin, str(locate_hf(location)) if origin == "hf" else location
-
-
-def _model_config(config: RunConfig, tokenizer: TokenizerRecord | None) -> ModelConfig:
+def _model_config(config: RunConfig, where: Origin, tokenizer: TokenizerRecord | None) -> ModelConfig:
     """The architecture: written in the config, or read from what init_from names."""
-    origin, location = _origin(config)
+    origin, location = where.kind, where.place
     if origin in ("checkpoint", "fork"):
         saved = parse_model(commit.read_manifest(locate_checkpoint(location))["model"])
         return saved.model_copy(update={"dropout": config.model.dropout})
@@ -218,14 +174,17 @@ def _model_config(config: RunConfig, tokenizer: TokenizerRecord | None) -> Model
         )
     if origin == "hf" and commit.list_committed(Path(location) / "checkpoints"):
         raise ConfigError("a run of dsgpt, no Hugging Face folder", location, f"model.init_from=checkpoint:{location}")
+    weights_folder = Path(location) if origin == "hf" else None
     if origin == "deepspeed":
         find_deepspeed(location)  # what is not read is refused here already
         described = described_folder(Path(location))
         origin, location = ("hf", str(described)) if described else (origin, location)
     if origin == "hf":
-        from dsgpt.model.hf_import import read_architecture
+        from dsgpt.model.hf_import import read_architecture, require_weights
 
         model = read_architecture(location, config.model.implementation)
+        if weights_folder:
+            require_weights(weights_folder, config.model.trust_checkpoint)
         return model.model_copy(update={"dropout": config.model.dropout})
     if tokenizer is None and config.model.vocab_size is None:
         raise ConfigError(
@@ -234,6 +193,21 @@ def _model_config(config: RunConfig, tokenizer: TokenizerRecord | None) -> Model
             do="set tokenizer.path to that tokenizer, or model.vocab_size",
         )
     return config.model.resolved(tokenizer.vocab_size if tokenizer else 0, config.training.seq_length)
+
+
+def _check_blocks(config: RunConfig, model: ModelConfig) -> None:
+    settings = config.fine_tuning
+    asked = {f"fine_tuning.unfreeze_at.{step}": blocks for step, blocks in settings.unfreeze_at.items()}
+    if settings.train == "last_blocks":
+        asked["fine_tuning.num_last_blocks"] = settings.num_last_blocks
+    there = model.num_hidden_layers
+    problems = [
+        Problem("the model has fewer blocks", seen=f"{key}={blocks}, the model has {there}", do=f"at most {there}")
+        for key, blocks in asked.items()
+        if isinstance(blocks, int) and blocks > there
+    ]
+    if problems:
+        raise ConfigError(problems=problems)
 
 
 def _with_model(config: RunConfig, model: ModelConfig) -> RunConfig:

@@ -193,6 +193,8 @@ def test_a_key_in_the_wrong_section_is_told_its_place(minimal: Path) -> None:
         ("model.max_position_embeddings=16", "longer than the model's positions"),
         ("model.init_from=branch:x@3", "not understood"),
         ("model.hidden_size=null", "required for a model from scratch"),
+        ("fine_tuning.train=last_blocks", "cannot be frozen in part"),
+        ("fine_tuning.unfreeze_at={5: 2}", "has nothing to unfreeze"),
         ("optimizer.min_learning_rate=1", "above optimizer.learning_rate"),
         ("optimizer.warmup_steps=10", "as long as the run"),
         ("training.max_tokens=1e6", "exactly one of"),
@@ -283,6 +285,69 @@ def test_shape_keys_beside_pretrained_weights_warn(minimal: Path) -> None:
         "model.num_attention_heads",
         "model.num_hidden_layers",
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train=patterns"], "there are none"),
+        (["train=lora", "unfreeze_at={5: 2}"], "matrices that have adapters"),
+        (["train=last_blocks", "num_last_blocks=2", "unfreeze_at={5: 2}"], "more blocks than before"),
+        (["train=last_blocks", "num_last_blocks=1", "unfreeze_at={5: 3, 4: 4}"], "more blocks than before"),
+        (["train=last_blocks", "num_last_blocks=auto", "unfreeze_at={4: all, 5: 3}"], "more blocks than before"),
+        (["train=last_blocks", "unfreeze_at={4: all, 5: all}"], "more blocks than before"),
+        (["train=patterns", "patterns=['*mlp*']", "unfreeze_at={4: 2, 5: 1}"], "more blocks than before"),
+        (["train=last_blocks", "unfreeze_at={0: 3}"], "unfreeze_at"),
+    ],
+)
+def test_contradictions_of_fine_tuning_are_refused(minimal: Path, overrides: list[str], expected: str) -> None:
+    words = ["model.init_from=hf:x", *(f"fine_tuning.{word}" for word in overrides)]
+    [problem] = problems_of([minimal], words)
+    assert expected in problem
+
+
+def test_contradictions_of_fine_tuning_are_reported_together_with_others(minimal: Path) -> None:
+    words = ["fine_tuning.train=patterns", "fine_tuning.unfreeze_at={5: 2, 6: 1}", "optimizer.warmup_steps=10"]
+    told = "\n".join(problems_of([minimal], words))
+    for expected in ("frozen in part", "there are none", "more blocks than before", "as long as the run"):
+        assert expected in told, expected
+
+
+def test_what_fine_tuning_allows_is_allowed_without_a_word(minimal: Path) -> None:
+    shape = ["model.hidden_size=null", "model.num_hidden_layers=null", "model.num_attention_heads=null"]
+    for words in (
+        ["train=last_blocks", "num_last_blocks=1", "train_embeddings=true", "unfreeze_at={9: all, 4: 2}"],
+        ["train=last_blocks", "num_last_blocks=auto", "unfreeze_at={4: 1}"],
+        ["train=patterns", "patterns=['*mlp*']", "unfreeze_at={4: 1, 5: all}", "train_embeddings=true"],
+        ["train=lora", "lora={rank: 4, use_dora: true}", "learning_rate_decay_per_block=0.9"],
+        ["learning_rate_decay_per_block=0.9", "neftune_alpha=5"],
+    ):
+        overrides = [*shape, "model.init_from=hf:x", "model.implementation=transformers"]
+        loaded = load_config([minimal], [*overrides, *(f"fine_tuning.{word}" for word in words)])
+        assert loaded.warnings == [], words
+    assert load_config([minimal], ["fine_tuning.neftune_alpha=5"]).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        (["fine_tuning.lora.rank=4", "fine_tuning.lora.use_dora=true"], ["lora.rank", "lora.use_dora"]),
+        (["fine_tuning.train_embeddings=true"], ["train_embeddings"]),
+        (["fine_tuning.num_last_blocks=1"], ["num_last_blocks"]),
+        (["fine_tuning.patterns=[a, b]"], ["patterns"]),
+        (["fine_tuning.train=last_blocks", "fine_tuning.unfreeze_at={9: 3, 10: all}"], ["unfreeze_at.10"]),
+    ],
+)
+def test_settings_of_fine_tuning_without_effect_warn(minimal: Path, overrides: list[str], keys: list[str]) -> None:
+    shape = [f"model.{name}=null" for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
+    warnings = load_config([minimal], [*shape, "model.init_from=hf:x", *overrides]).warnings
+    assert [line.split()[0] for line in warnings] == [f"fine_tuning.{key}" for key in keys]
+    assert all("has no effect" in line for line in warnings)
+
+
+def test_an_implementation_is_chosen_for_hugging_face_folders_alone(minimal: Path) -> None:
+    [warning] = load_config([minimal], ["model.implementation=native"]).warnings
+    assert warning.startswith("model.implementation has no effect")
 
 
 def test_arguments_split_into_files_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

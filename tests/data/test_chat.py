@@ -311,3 +311,58 @@ def test_real_data_is_prepared(tmp_path: Path, tokenizer_folder: Path, name: str
     assert (made["bad_lines"]["count"], made["left_out"]) == (0, {})
     assert made["splits"]["train"]["documents"] == len(rows)
     assert verify_dataset(tmp_path / "out") == []
+
+
+def test_records_of_several_formats_are_refused_with_the_count_of_each(tmp_path: Path, tokenizer_folder: Path) -> None:
+    records = [FORMATS["messages"][0]] * 12 + [FORMATS["alpaca"][0]] * 7 + [{"text": "of no format"}]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "first.jsonl").write_text("\n".join(map(json.dumps, records[:12])))
+    (tmp_path / "second.jsonl").write_text("\n".join(map(json.dumps, records[12:19])))
+    for inputs, counted in (
+        (["mixed"], "20 records: 12 messages, 7 alpaca, 1 of no known"),
+        (["first", "second"], "19"),
+    ):
+        with pytest.raises(DataError) as caught:
+            prepare_chat([tmp_path / f"{name}.jsonl" for name in inputs], tokenizer_folder, tmp_path / "out")
+        (problem,) = caught.value.problems
+        assert "the records have several formats" in problem.what and counted in problem.seen
+        assert "prepare each kind for itself" in problem.do
+    # Named, the others are counted as bad and told one by one.
+    with pytest.raises(DataError, match=r"8 of 20 records cannot be read(.|\n)*mixed.jsonl:13: there is no 'messages'"):
+        prepare_chat([tmp_path / "mixed.jsonl"], tokenizer_folder, tmp_path / "named", ChatChoices(format="messages"))
+
+
+def test_which_template_is_used_is_said_and_what_it_writes_that_are_no_tokens(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    (tmp_path / "x.jsonl").write_text("\n".join([json.dumps(FORMATS["messages"][0])] * 20))
+    words = [
+        "prepare-chat",
+        str(tmp_path / "x.jsonl"),
+        "--tokenizer",
+        str(tokenizer_folder),
+        "--workers",
+        "1",
+        "--output",
+    ]
+
+    def said(name: str, *more: str) -> str:
+        ran = CliRunner().invoke(command, [*words, str(tmp_path / name), *more], catch_exceptions=False)
+        assert ran.exit_code == 0
+        return ran.stderr
+
+    plain = said("plain")
+    assert "chat template: the default, ChatML" in plain
+    assert "<|im_start|> and <|im_end|> are several tokens each; --add-tokens" in plain
+    adding = ["--add-tokens", "<|im_start|>", "--add-tokens", "<|im_end|>"]
+    assert "several tokens" not in said("added", *adding)
+    assert "<|im_end|> are several tokens" in said("half", *adding[:2])
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    own = said("own", "--chat-template", str(tmp_path / "own.jinja"))
+    assert "chat template: given" in own and "several tokens" not in own
+    # One token each, and the loss is on the end of an answer as before.
+    tokenizer = Tokenizer.load(tmp_path / "added" / "tokenizer")
+    samples = open_chat(tmp_path / "added", "train", seq_length=150)
+    labels = [label for label in samples[0].labels.tolist() if label != IGNORED]
+    assert labels.count(tokenizer.vocab_size - 1) == tokenizer.decode(labels).count("answer") > 0
+    assert Tokenizer.load(tmp_path / "plain" / "tokenizer").vocab_size == tokenizer.vocab_size - 2

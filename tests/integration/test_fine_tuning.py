@@ -15,7 +15,7 @@ from dsgpt.checkpoint.reader import CheckpointReader
 from dsgpt.checkpoint.weights import find_model
 from dsgpt.config import load_config
 from dsgpt.train.resolve import resolve_run
-from tests.hf_models import BLOCKS, make_hf_folder
+from tests.hf_models import BLOCKS
 from tests.integration.test_resume import hashes, metrics, train_here
 from tests.pool import ranks
 
@@ -28,22 +28,6 @@ SHORT = {
     "optimizer": {"learning_rate": 1e-2, "warmup_steps": 0, "weight_decay": 0.1},
     "logging": {"log_interval": 1, "eval_samples": 8},
 }
-
-
-@pytest.fixture(scope="session")
-def hf_folder(dataset, tmp_path_factory):
-    tokenizer = dataset.parent / "tokenizer"
-    vocab_size = len(json.loads((tokenizer / "tokenizer.json").read_text("utf-8"))["model"]["vocab"])
-    made = {}
-
-    def make(kind, **changes):
-        key = kind, *sorted(changes.items())
-        if key not in made:
-            folder = tmp_path_factory.mktemp("hf") / kind
-            made[key] = make_hf_folder(folder, kind, tokenizer, max(vocab_size, 300), **changes)
-        return made[key]
-
-    return make
 
 
 def first_loss(folder, yaml):

@@ -267,10 +267,10 @@ def test_new_rows_are_the_mean_of_all_there_are(rows, row, tmp_path, monkeypatch
 
 def test_a_vocabulary_of_another_size_is_refused_unless_it_may_grow_and_then_is_transformers_mean(tmp_path):
     model = gpt2(tmp_path)
-    config = read_hf_config(tmp_path).model_copy(update={"vocab_size": 100})
+    config = read_hf_config(tmp_path)
     with pytest.raises(ConfigError, match=r"embed_tokens.weight\n  seen: \(97, 32\), expected \(100, 32\)"):
-        open_hf_weights(tmp_path, config)
-    found = open_hf_weights(tmp_path, config, rows={"embed_tokens.weight": 100, "lm_head.weight": 100})
+        open_hf_weights(tmp_path, config.model_copy(update={"vocab_size": 100}))
+    found = GrownReader(open_hf_weights(tmp_path, config), {"embed_tokens.weight": 100, "lm_head.weight": 100})
     embedding = found.tensor("embed_tokens.weight")
     assert torch.equal(embedding[:97], model.transformer.wte.weight)
     assert torch.allclose(embedding[97:], model.transformer.wte.weight.mean(0).expand(3, -1), atol=1e-6)
