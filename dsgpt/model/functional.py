@@ -104,6 +104,10 @@ def chunked_cross_entropy(
     `hidden` is (tokens, C), `weight` (V, C), `labels` (tokens,); labels of -100 count for nothing. Logits have `bias` (V,)
     added, are multiplied by `scale`, and with `softcap` c become c tanh(logits / c) (Gemma 2, section 2).
     """
+    if hidden.device.type == "cpu":  # logits of targets only; on a GPU, counting those would wait for it
+        targets = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        if len(targets) < len(labels):
+            hidden, labels = hidden.index_select(0, targets), labels[targets]
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, bias, scale, softcap)
 
 

@@ -128,6 +128,7 @@ class Context(NamedTuple):
     mask: (
         Tensor | None
     )  # (B, 1, T, S) added to the scores: 0 where attention is allowed, else -inf; None is plain causal
+    lengths: list[int] | None  # of the documents, through all rows, each of which attends to itself alone
     cache: KeyValueCache | None
     micro_step: MicroStep
 
@@ -163,15 +164,13 @@ class Attention(nn.Module):
         if self.num_kv_heads != self.num_heads:
             groups = self.num_heads // self.num_kv_heads
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=context.mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=context.mask is None and length > 1,
-        )
-        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+        dropout = self.dropout if self.training else 0.0
+        if context.lengths is not None:
+            y = attend_by_document(q, k, v, context.lengths, dropout)
+        else:
+            causal = context.mask is None and length > 1
+            y = F.scaled_dot_product_attention(q, k, v, context.mask, dropout, causal).transpose(1, 2)
+        return self.o_proj(y.reshape(batch, length, -1))
 
 
 class MLP(nn.Module):
@@ -264,8 +263,10 @@ class GPT(nn.Module):
         else:
             angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         micro_step = MicroStep(None if document_ids is None else document_ids != PADDING)
-        mask = attention_mask(length, past, document_ids, x)
-        context = Context(angles, mask, cache, micro_step)
+        apart = document_ids is not None and x.device.type == "cpu" and cache is None
+        lengths = document_lengths(document_ids) if apart else None
+        mask = None if apart else attention_mask(length, past, document_ids, x)
+        context = Context(angles, mask, lengths, cache, micro_step)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, context)
@@ -283,3 +284,22 @@ def attention_mask(length: int, past: int, document_ids: Tensor | None, x: Tenso
     if document_ids is not None:
         allowed = allowed & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
     return torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill_(~allowed, -math.inf)
+
+
+def document_lengths(document_ids: Tensor) -> list[int]:
+    """Of the stretches of one document id in (B, T), through all rows; what is padding is a document too."""
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    edges = begins.flatten().nonzero()[:, 0]
+    return torch.diff(edges, append=edges.new_tensor([document_ids.numel()])).tolist()
+
+
+def attend_by_document(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dropout: float) -> Tensor:
+    """Causal attention within stretches of all rows of (B, H, T, D) one after another; (1, B T, H, D).
+
+    On a CPU: positions of other documents cost nothing, where a mask pays for the whole square. A GPU would spend more on
+    starting so many small kernels.
+    """
+    stretches = [x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)]
+    each = [F.scaled_dot_product_attention(*one, None, dropout, True) for one in zip(*stretches, strict=True)]
+    return torch.cat([y.transpose(1, 2) for y in each], dim=1)
