@@ -26,7 +26,7 @@ from tests.run_fixtures import write_config
 WAYS = {
     "all": {},
     "last_blocks": {"train": "last_blocks", "num_last_blocks": 1},
-    "patterns": {"train": "patterns", "patterns": ["*mlp*"]},
+    "patterns": {"train": "patterns", "patterns": ["*.1.*"]},
     "lora": {"train": "lora", "lora": {"rank": 4, "alpha": 8.0}},
     "dora": {"train": "lora", "lora": {"rank": 4, "use_dora": True}},
     "unfreezing": {"train": "last_blocks", "num_last_blocks": 1, "unfreeze_at": {2: "all"}},
