@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from dsgpt.config import HFModelConfig, ModelConfig, RunConfig, zero_kind
+from dsgpt.config.fine_tuning import FineTuningSection, LoraSection
 from dsgpt.errors import ConfigError
 from dsgpt.units import format_bytes
 
@@ -61,6 +63,63 @@ def _layer_parameters(model: ModelConfig) -> int:
     return _layer_matrix_parameters(model) + (biases if model.bias else 0) + head_norms + 2 * _norm_parameters(model)
 
 
+def block_parameters(model: ModelConfig) -> int:
+    """Of one block: exact for the native GPT, else what is not in the embeddings and the head, over the number of blocks."""
+    if not isinstance(model, HFModelConfig):
+        return _layer_parameters(model)
+    return max(1, (model.num_parameters - _embedding_parameters(model)) // model.num_hidden_layers)
+
+
+@dataclass(frozen=True)
+class TrainedPart:
+    """`parameters` that are trained; how many of them adapters have `added`; `blocks` that gradients pass through."""
+
+    parameters: int
+    added: int
+    blocks: int
+
+
+def trained_part(model: ModelConfig, settings: FineTuningSection) -> TrainedPart:
+    """What a run trains at its most, after the last unfreezing.
+
+    Everything, to stay safe, where names or a measurement decide (patterns, num_last_blocks=auto).
+    """
+    layers, whole = model.num_hidden_layers, parameter_count(model)
+    if settings.train == "lora":
+        added = layers * _adapter_parameters(model, settings.lora)
+        return TrainedPart(added, added, layers)
+    wanted = [settings.num_last_blocks, *settings.unfreeze_at.values()]
+    numbers = [one for one in wanted if isinstance(one, int)]
+    if settings.train != "last_blocks" or len(numbers) < len(wanted):
+        return TrainedPart(whole, 0, layers)
+    blocks = min(layers, max(numbers))
+    if settings.train_embeddings:
+        return TrainedPart(whole - (layers - blocks) * block_parameters(model), 0, layers)
+    head = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
+    return TrainedPart(blocks * block_parameters(model) + _norm_parameters(model) + head, 0, blocks)
+
+
+def _adapter_parameters(model: ModelConfig, settings: LoraSection) -> int:
+    """Of one block; all its linear layers where a target has another name than the native GPT's."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    layers = {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+    }
+    layers |= {"gate_proj": (hidden, inner)} if model.activation == "swiglu" else {}
+    layers |= {"up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+    targets = [one.rpartition(".")[2] for one in settings.target_modules]
+    known = all(any(fnmatchcase(name, target) for name in layers) for target in targets)
+    return sum(
+        settings.rank * (columns + rows) + (rows if settings.use_dora else 0)
+        for name, (columns, rows) in layers.items()
+        if not (targets and known) or any(fnmatchcase(name, target) for target in targets)
+    )
+
+
 def flops_per_token(model: ModelConfig, seq_length: int, convention: Literal["palm", "causal"] = "palm") -> float:
     """Model FLOPs of one token's forward and backward, without recomputation; a tied head counts as a matrix product.
 
@@ -72,31 +131,45 @@ def flops_per_token(model: ModelConfig, seq_length: int, convention: Literal["pa
     return 6.0 * matrices + (12.0 if convention == "palm" else 6.0) * attention
 
 
-def state_bytes(model: ModelConfig, deepspeed: str, world_size: int, dtype: str = "bf16") -> int:
+def state_bytes(
+    model: ModelConfig, deepspeed: str, world_size: int, dtype: str = "bf16", part: TrainedPart | None = None
+) -> int:
     """Bytes on one GPU for weights, gradients and AdamW, communication buckets included.
 
-    `deepspeed` is a shipped name or a path. Counts as DeepSpeed's own estimators do, plus the full fp32 gradient sum
-    that stage 1 keeps. Raises ConfigError where the DeepSpeed config cannot be read.
+    `deepspeed` is a shipped name or a path; `part` what is trained, where that is not all. Counts as DeepSpeed's own
+    estimators do, plus the full fp32 gradient sum that stage 1 keeps. Raises ConfigError where the DeepSpeed config cannot
+    be read.
     """
-    kind = zero_kind(deepspeed)
-    count, low = parameter_count(model), 4 if dtype == "fp32" else 2
+    kind, low = zero_kind(deepspeed), 4 if dtype == "fp32" else 2
+    trained = part.parameters if part else parameter_count(model)
+    count = parameter_count(model) + (part.added if part else 0)
     if kind.stage == 0:
-        return count * (2 * low + 12 if low == 2 else 16)
+        return low * count + trained * (low + 12 if low == 2 else 12)
     if kind.stage == 3:
         largest = 4 * max(_layer_parameters(model), model.vocab_size * model.hidden_size)
         weights = 0 if kind.offload_param else low * count // world_size
         second_copy = low * count // kind.hpz_partition_size if kind.hpz_partition_size > 1 else 0
-        others = 0 if kind.offload_optimizer else 16 * count // world_size
+        others = 0 if kind.offload_optimizer else 16 * trained // world_size
         return weights + second_copy + others + largest + _BUCKETS
     if kind.offload_optimizer:
-        return count * low + 4 * count // world_size + _BUCKETS
+        return low * count + 4 * trained // world_size + _BUCKETS
     if kind.stage == 2:
-        return count * 2 * low + 16 * count // world_size + _BUCKETS
-    return count * (2 * low + 4) + 12 * count // world_size + _BUCKETS
+        return low * (count + trained) + 16 * trained // world_size + _BUCKETS
+    return low * count + (low + 4) * trained + 12 * trained // world_size + _BUCKETS
 
 
-def activation_bytes(model: ModelConfig, seq_length: int, micro_batch_size: int, policy: Policy, dtype: str) -> int:
-    """Bytes that one micro-batch keeps between forward and backward on one GPU, loss and attention mask included."""
+def activation_bytes(
+    model: ModelConfig,
+    seq_length: int,
+    micro_batch_size: int,
+    policy: Policy,
+    dtype: str,
+    part: TrainedPart | None = None,
+) -> int:
+    """Bytes that one micro-batch keeps between forward and backward on one GPU, loss and attention mask included.
+
+    Blocks below the first one that is trained keep nothing.
+    """
     size = 4 if dtype == "fp32" else 2
     hidden, inner = model.hidden_size, model.intermediate_size
     heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
@@ -111,7 +184,8 @@ def activation_bytes(model: ModelConfig, seq_length: int, micro_batch_size: int,
     products = 3 * hidden + heads + queries + (2 if model.activation == "swiglu" else 1) * inner
     kept = {"none": whole, "selective": products * size, "full": hidden * size}[policy]
     working = 0 if policy == "none" else whole  # of the one block that is being recomputed
-    per_token = model.num_hidden_layers * kept + working + 4 * hidden * size
+    blocks = part.blocks if part else model.num_hidden_layers
+    per_token = max(1, blocks) * kept + working + 4 * hidden * size  # one works also where none is kept
     tokens = seq_length * micro_batch_size
     mask = micro_batch_size * seq_length * seq_length * size
     loss = min(tokens, _LOSS_CHUNK) * model.vocab_size * (size + 8)
@@ -189,9 +263,10 @@ class _Fits:
 
     def needed(self, choice: _Choice, micro: int) -> int:
         assert self.model is not None
-        state = state_bytes(self.model, choice.deepspeed, self.world_size, self.dtype)
+        part = trained_part(self.model, self.config.fine_tuning)
+        state = state_bytes(self.model, choice.deepspeed, self.world_size, self.dtype, part)
         sequence = self.config.training.seq_length
-        return state + activation_bytes(self.model, sequence, micro, choice.policy, self.dtype)
+        return state + activation_bytes(self.model, sequence, micro, choice.policy, self.dtype, part)
 
     def __call__(self, choice: _Choice, micro: int) -> bool:
         assert self.memory is not None

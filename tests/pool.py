@@ -51,7 +51,8 @@ class RankPool:
     def close(self) -> None:
         for process in self._processes:
             process.kill()
-        _POOLS.pop(self.size, None)
+        if _POOLS.get(self.size) is self:
+            del _POOLS[self.size]
 
 
 def ranks(size: int) -> RankPool:

@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 
 from dsgpt.config import ModelConfig, ModelSection, RunConfig, fill_deepspeed, load_config, shipped_configs
+from dsgpt.config.fine_tuning import FineTuningSection
 from dsgpt.errors import ConfigError
-from dsgpt.planning import activation_bytes, flops_per_token, parameter_count, resolve_auto, state_bytes
+from dsgpt.planning import (
+    activation_bytes,
+    flops_per_token,
+    parameter_count,
+    resolve_auto,
+    state_bytes,
+    trained_part,
+)
 
 GIB = 1 << 30
 
@@ -189,3 +197,123 @@ def test_recomputing_more_keeps_less() -> None:
     assert kept[0] < activation_bytes(model, 8192, 2, "none", "bf16") <= 2 * kept[0]
     # Full recomputation keeps one input of width h in bf16 per layer and token.
     assert kept[2] > 8192 * 32 * 4096 * 2
+
+
+PARTS = {
+    "all": {},
+    "last": {"train": "last_blocks", "num_last_blocks": 2},
+    "last and embeddings": {"train": "last_blocks", "num_last_blocks": 2, "train_embeddings": True},
+    "later more": {"train": "last_blocks", "num_last_blocks": 1, "unfreeze_at": {3: 2}},
+    "lora": {"train": "lora", "lora": {"rank": 3}},
+    "lora of some": {
+        "train": "lora",
+        "lora": {"rank": 3, "target_modules": ["q_proj", "v_proj", "*.attention.o_proj"]},
+    },
+    "dora": {"train": "lora", "lora": {"rank": 3, "use_dora": True}},
+}
+
+
+def real_model(model: ModelConfig, settings: FineTuningSection):
+    """(the model frozen as a run freezes it after the last unfreezing, the lowest block that gradients pass through)."""
+    from dsgpt.model.gpt import GPT
+    from dsgpt.model.lora import add_adapters
+    from dsgpt.model.trainable import Parts, first_trained_block, freeze, plan_training
+
+    module = GPT(model)
+    if settings.train == "lora":
+        add_adapters(module, settings.lora, "blocks.")
+    parts = Parts.of(module, model.num_hidden_layers)
+    blocks = settings.num_last_blocks
+    plan = plan_training([name for name, _ in module.named_parameters()], settings, parts, blocks, step=100)
+    freeze(module, plan)
+    return module, first_trained_block(plan, parts)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_the_part_that_is_planned_is_the_part_that_is_trained(name: str, tied: bool) -> None:
+    settings = FineTuningSection.model_validate(PARTS[name])
+    model = tiny(num_key_value_heads=2, intermediate_size=100, tie_word_embeddings=tied, norm="layernorm", bias=True)
+    part = trained_part(model, settings)
+    module, lowest = real_model(model, settings)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert part.parameters == trained
+    assert part.added == sum(p.numel() for p in module.parameters()) - parameter_count(model)
+    assert part.blocks == model.num_hidden_layers - lowest
+
+
+def test_what_only_names_or_a_measurement_tell_is_planned_as_everything() -> None:
+    model = tiny()
+    everything = trained_part(model, FineTuningSection())
+    for changes in (
+        {"train": "patterns", "patterns": ["*.mlp.*"]},
+        {"train": "last_blocks", "num_last_blocks": "auto"},
+        {"train": "last_blocks", "unfreeze_at": {5: "all"}},
+    ):
+        assert trained_part(model, FineTuningSection.model_validate(changes)) == everything
+    of_another_architecture = {"train": "lora", "lora": {"target_modules": ["c_attn"]}}
+    all_layers = trained_part(model, FineTuningSection(train="lora"))
+    assert trained_part(model, FineTuningSection.model_validate(of_another_architecture)) == all_layers
+
+
+def test_auto_gives_a_run_that_trains_less_a_larger_micro_batch_or_less_partitioning() -> None:
+    def chosen(*overrides: str) -> tuple[int, int]:
+        config = load_config(["llama-8b"], ["training.activation_checkpointing=full", *overrides]).config
+        found, _ = resolve_auto(config, world_size=2, device="cuda", gpu_memory_bytes=80 * GIB)
+        stages = ["zero1", "zero2", "zero3", "zero3_offload"]
+        return stages.index(found.deepspeed), -int(found.training.micro_batch_size_per_gpu)
+
+    assert chosen("fine_tuning.train=lora") < chosen()
+    assert chosen("fine_tuning.train=last_blocks") < chosen()
+
+
+@pytest.mark.parametrize("name", ["last", "lora"])
+def test_blocks_below_the_first_trained_one_keep_as_little_as_is_planned(name: str) -> None:
+    import torch
+
+    model = tiny(num_hidden_layers=6, hidden_size=64, tie_word_embeddings=False)
+    ids = torch.arange(4 * 32).view(4, 32) % 101
+
+    def kept(settings: FineTuningSection) -> int:
+        module, _ = real_model(model, settings)
+        weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        found: dict[int, int] = {}
+
+        def keep(value: torch.Tensor) -> torch.Tensor:
+            if value.untyped_storage().data_ptr() not in weights:
+                found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            loss = module(ids, labels=ids)
+        assert loss.requires_grad
+        return sum(found.values())
+
+    settings = FineTuningSection.model_validate(PARTS[name])
+    planned = [
+        activation_bytes(model, 32, 4, "none", "fp32", trained_part(model, one))
+        for one in (settings, FineTuningSection())
+    ]
+    real = [kept(one) for one in (settings, FineTuningSection())]
+    assert planned[0] / planned[1] == pytest.approx(real[0] / real[1], abs=0.15)
+    assert planned[0] >= real[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_state_that_freezing_saves_in_real_engines_is_planned_for(stage: int, write_run) -> None:
+    """Gradients in flight are planned for too, so the plan is the larger one."""
+    from tests.benchmarks import freeze
+    from tests.pool import ranks
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 2}
+    batch = {"seq_length": freeze.LENGTH, "global_batch_size": freeze.GLOBAL, "micro_batch_size_per_gpu": freeze.MICRO}
+    yaml = write_run(model={**freeze.MODEL, **sizes}, training={**batch, "max_steps": 10}, deepspeed=f"zero{stage}")
+    model = load_config([yaml]).config.model.resolved(0, freeze.LENGTH)
+    for _, (everything, part) in ranks(2).run(freeze.measure, yaml, 0, 1):
+        real = sum(everything) - sum(part)
+        settings = FineTuningSection(train="last_blocks", num_last_blocks=2)
+        planned = [
+            state_bytes(model, f"zero{stage}", 2, "fp32", trained_part(model, one))
+            for one in (FineTuningSection(), settings)
+        ]
+        assert 1 <= (planned[0] - planned[1]) / real <= 1.8

@@ -6,7 +6,8 @@ Layout of `checkpoints/step-00001000/`:
     rank-00000.safetensors        this rank's fragments: "<kind>:<parameter>", kind = master, exp_avg, exp_avg_sq;
                                   rank 0 also "buffer:<name>", running statistics, which are equal on all ranks
     frozen-00000.safetensors      this rank's share of what is not trained, in its own precision; written once and linked
-                                  into every later checkpoint, so that each is whole and the disk holds it once
+                                  into every later checkpoint, also of another start on as many ranks, so that
+                                  each is whole and the disk holds it once
 
 A checkpoint holds 12 bytes per trained parameter with AdamW; low-precision copies are recomputed from the masters. Nothing
 in it can execute.
@@ -259,6 +260,18 @@ class Saver:
     _answer: dict[str, Any] | None = None
 
     # ---- what is not trained -------------------------------------------------------------------------------------
+
+    def continue_from(self, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+        """The engine's state was read from this checkpoint: link what is frozen there too, where it is divided as here."""
+        entry = manifest["files"].get(frozen_file(self.world.rank))
+        if entry is not None and manifest.get("frozen") == self._frozen_index():
+            self._frozen = checkpoint / frozen_file(self.world.rank), entry
+
+    @property
+    def frozen_bytes(self) -> int:
+        """That the next save writes, over all ranks, because no checkpoint has them yet."""
+        shapes = self.engine.frozen_shapes().values() if self._frozen is None else ()
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
     def _frozen_index(self) -> dict[str, Any]:
         return {

@@ -19,15 +19,15 @@ from dsgpt.errors import ConfigError, Problem
 
 _WORDS = {"bool": "true or false", "int": "a whole number", "number": "a number", "text": "a text", "list": "a list"}
 
-# Elements of a reduce_bucket_size of "auto": a sixteenth of the model between these.
+# Elements of a reduce_bucket_size of "auto": a sixteenth of what is trained, between these.
 _SMALLEST_BUCKET, _LARGEST_BUCKET = 1_000_000, 50_000_000
 
 
 def fill_deepspeed(config: RunConfig, world_size: int, num_parameters: int | None = None) -> dict[str, Any]:
     """The DeepSpeed config of this run on `world_size` GPUs (or CPU ranks), with nothing left as "auto".
 
-    `config` must be resolved (no auto in dtype, micro batch and deepspeed). `num_parameters` of the model keeps buffers
-    small for small models. Raises ConfigError with all problems.
+    `config` must be resolved (no auto in dtype, micro batch and deepspeed). `num_parameters` that are trained keep
+    buffers small for small models and small parts of large ones. Raises ConfigError with all problems.
     """
     training = config.training
     for key, chosen in (("deepspeed", config.deepspeed), ("training.dtype", training.dtype)):

@@ -23,6 +23,16 @@ def build_model(config: ModelConfig) -> nn.Module:
     return GPT(config)
 
 
+def import_what_builds(config: ModelConfig, adapters: bool) -> None:
+    """Before ZeRO-3 replaces torch's constructors: transformers and peft import torch's compiler, which then fails."""
+    if adapters:
+        import peft  # noqa: F401
+    if isinstance(config, HFModelConfig):
+        from dsgpt.model.hf import import_architecture
+
+        import_architecture(config)
+
+
 def model_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Of a model's parameters, a shared one once under its first name, and of the buffers it saves; makes neither."""
     if isinstance(config, HFModelConfig):

@@ -132,6 +132,13 @@ def transformers_config(config: HFModelConfig) -> Any:
     return found
 
 
+def import_architecture(config: HFModelConfig) -> None:
+    """Its module of transformers, which else is imported when the model is built."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers_config(config))]
+
+
 def build_hf(config: HFModelConfig) -> nn.Module:
     """The module, in torch's default precision; under a context that partitions parameters too.
 

@@ -13,7 +13,6 @@ piece, and because the values must not depend on the number of ranks.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 import re
 import zlib
@@ -77,11 +76,6 @@ def base_of_adapter(name: str) -> str:
 def has_transposed(model: nn.Module) -> bool:
     """Whether the matrices beside adapters are (in, out), as GPT-2's in transformers."""
     return any(getattr(module, "fan_in_fan_out", False) for module in model.modules())
-
-
-def import_peft() -> None:
-    """Before ZeRO-3 replaces torch's constructors while a model is built: peft's imports stumble over them in 16 bits."""
-    importlib.import_module("peft.tuners.lora.dora")
 
 
 def linear_layers(model: nn.Module) -> list[str]:

@@ -13,8 +13,8 @@ from dsgpt.config import HFModelConfig
 from dsgpt.config.fine_tuning import Trained
 from dsgpt.distributed import World
 from dsgpt.engine import Engine, construct, gather_for, give_values
-from dsgpt.model.build import blocks_of, blocks_prefix, build_model
-from dsgpt.model.lora import add_adapters, import_peft, weights_used_outside
+from dsgpt.model.build import blocks_of, blocks_prefix, build_model, import_what_builds
+from dsgpt.model.lora import add_adapters, weights_used_outside
 from dsgpt.model.recompute import apply_activation_checkpointing
 from dsgpt.model.trainable import Parts, first_trained_block, freeze, plan_training, table
 from dsgpt.optimizer import build_optimizer
@@ -29,8 +29,7 @@ def build_engine(plan: ResolvedRun, world: World, log: RunLog, step: int, num_la
     """The engine that trains from optimizer step `step` on. Raises ConfigError for names that fit nothing."""
     config = plan.config
     settings = config.fine_tuning
-    if settings.train == "lora":
-        import_peft()
+    import_what_builds(plan.model, adapters=settings.train == "lora")
     torch.manual_seed(config.run.seed)
     model = construct(lambda: _adapted(plan), plan.deepspeed, _constants(plan))
     if isinstance(plan.model, HFModelConfig):

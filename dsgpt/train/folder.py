@@ -26,6 +26,7 @@ from dsgpt.distributed import World
 from dsgpt.engine import Engine
 from dsgpt.errors import ConfigError, DsgptError, LockedError
 from dsgpt.nodes import NodesReport
+from dsgpt.planning import trained_part
 from dsgpt.train.changes import check_same_run
 from dsgpt.train.resolve import ResolvedRun
 from dsgpt.train.state import RunLog, write_atomically
@@ -98,15 +99,18 @@ def _environment(world: World, nodes: NodesReport | None) -> dict[str, Any]:
     }
 
 
-def forecast_space(plan: ResolvedRun, engine: Engine, world: World, log: RunLog) -> None:
+def forecast_space(plan: ResolvedRun, engine: Engine, frozen_bytes: int, world: World, log: RunLog) -> None:
     """Compare what the checkpoints of this run will take with what is free, before the first step.
 
-    Space for one more checkpoint than stay is needed, because the new one is committed before the old one goes. What is
-    free is a hint, not a promise: quotas and other jobs are not seen. Raises LockedError with checkpoint.strict_space.
+    Space for one more checkpoint than stay is needed, because the new one is committed before the old one goes; what is
+    frozen is written once (`frozen_bytes`). What is free is a hint, not a promise: quotas and other jobs are not seen.
+    Raises LockedError with checkpoint.strict_space.
     """
     error, checkpoint = None, plan.config.checkpoint
     if world.is_main:
         elements = sum(math.prod(shape) for shape in engine.parameter_shapes().values())
+        if plan.config.fine_tuning.unfreeze_at:
+            elements = max(elements, trained_part(plan.model, plan.config.fine_tuning).parameters)
         buffers = sum(value.nbytes for value in engine.buffers().values())
         each = int(_HEADROOM * (4 * len(engine.state_kinds) * elements + buffers))
         saves = -(-plan.last_step // checkpoint.save_interval)
@@ -117,12 +121,14 @@ def forecast_space(plan: ResolvedRun, engine: Engine, world: World, log: RunLog)
         have = len(commit.list_committed(plan.output_dir / "checkpoints"))
         number = max(1, min(stay, saves) + 1 - have)
         stats = os.statvfs(plan.output_dir)
-        free, needed = stats.f_bavail * stats.f_frsize, number * each
+        free, needed = stats.f_bavail * stats.f_frsize, number * each + frozen_bytes
+        once = f" and {format_bytes(frozen_bytes)} once of what is not trained" if frozen_bytes else ""
         log.event(
             "space",
-            f"checkpoints: {format_bytes(each)} each, {number} more at a time = {format_bytes(needed)}; "
+            f"checkpoints: {format_bytes(each)} each, {number} more at a time{once} = {format_bytes(needed)}; "
             f"{format_bytes(free)} free",
             checkpoint_bytes=each,
+            frozen_bytes=frozen_bytes,
             needed_bytes=needed,
             free_bytes=free,
         )

@@ -17,8 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dsgpt.config import ModelConfig
-from dsgpt.planning import parameter_count
+from dsgpt.planning import block_parameters
 from dsgpt.train.resolve import ResolvedRun
 from dsgpt.units import format_count
 
@@ -70,9 +69,3 @@ def choose(run: ResolvedRun, losses: Mapping[str, float]) -> Choice:
     many = round(blocks / 2) if not unlike else blocks
     number = many if tokens > block else few
     return Choice(max(1, number), blocks, tokens, block, domain_loss, general_loss)
-
-
-def block_parameters(model: ModelConfig) -> int:
-    """Of one block: what is not in the embeddings and the head, over the number of blocks."""
-    matrices = (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
-    return max(1, (parameter_count(model) - matrices) // model.num_hidden_layers)

@@ -131,7 +131,7 @@ def train(
     if run.state.step >= plan.last_step:
         _end_at_once(run, continuation.forked)
         return run.state
-    forecast_space(plan, run.engine, world, log)
+    forecast_space(plan, run.engine, run.saver.frozen_bytes, world, log)
     leave_start(plan, world, stop, limit)
     run.tell_watchdog()
     _run_steps(run)

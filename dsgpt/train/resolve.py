@@ -18,7 +18,7 @@ from dsgpt.config.model import described_folder
 from dsgpt.config.schema import nearest_divisors
 from dsgpt.data.manifest import TokenizerRecord
 from dsgpt.errors import ConfigError, DataError, Problem
-from dsgpt.planning import activation_bytes, parameter_count, resolve_auto, state_bytes
+from dsgpt.planning import activation_bytes, parameter_count, resolve_auto, state_bytes, trained_part
 from dsgpt.train.sources import RunData, find_data
 from dsgpt.train.vocabulary import Origin, find_origin, fit_vocabulary
 from dsgpt.units import format_bytes, format_count
@@ -67,9 +67,10 @@ class ResolvedRun:
         t = self.config.training
         if t.micro_batch_size_per_gpu == "auto" or t.activation_checkpointing == "auto" or t.dtype == "auto":
             raise ValueError("only a resolved run has a plan")
-        state = state_bytes(self.model, self.config.deepspeed, self.world_size, t.dtype)
+        part = trained_part(self.model, self.config.fine_tuning)
+        state = state_bytes(self.model, self.config.deepspeed, self.world_size, t.dtype, part)
         policy, micro = t.activation_checkpointing, t.micro_batch_size_per_gpu
-        activations = activation_bytes(self.model, t.seq_length, micro, policy, t.dtype)
+        activations = activation_bytes(self.model, t.seq_length, micro, policy, t.dtype, part)
         return (
             f"planned {format_bytes(state)} for the state and {format_bytes(activations)} for a micro-batch, per rank"
         )
@@ -118,7 +119,7 @@ def resolve_run(
         config, world_size=world_size, device=device, gpu_memory_bytes=gpu_memory_bytes, bf16=bf16
     )
     config.training.gradient_accumulation_steps(world_size)
-    deepspeed = fill_deepspeed(config, world_size, parameter_count(model))
+    deepspeed = fill_deepspeed(config, world_size, trained_part(model, config.fine_tuning).parameters)
     max_steps = config.training.num_steps(data.samples_per_epoch)
     grown_from = None if model.vocab_size == there.vocab_size else there.vocab_size
     return ResolvedRun(

@@ -241,6 +241,7 @@ def _restore(run: Run, continuation: Continuation) -> None:
         reader.manifest.get("unfrozen", []), run.state.step, run.state.optimizer_steps
     )
     thawed = load_state(run.engine, reader, late_steps(run))
+    run.saver.continue_from(reader.path, reader.manifest)
     check_model(run.engine, run.plan)
     if thawed:
         shown = ", ".join(thawed[:3]) + (f" and {len(thawed) - 3} more" if len(thawed) > 3 else "")

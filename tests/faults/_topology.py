@@ -29,6 +29,7 @@ from dsgpt.distributed import World
 from dsgpt.engine import Engine, construct
 from dsgpt.model.gpt import GPT
 from dsgpt.optimizer import build_optimizer
+from tests.faults._topology_tuned import TUNED, build_tuned, mistral
 
 ROWS, MICRO_STEPS, STEPS, LEARNING_RATE = 4, 2, 3, 1e-2
 SMALL = ModelConfig(
@@ -42,25 +43,31 @@ LARGE = ModelConfig(
     vocab_size=16381, max_position_embeddings=13, position_embedding="learned", norm="batchnorm", tie_word_embeddings=True,
     dropout=Dropout(),
 )  # fmt: skip
+MISTRAL = mistral(SMALL.vocab_size, SMALL.max_position_embeddings)
 FROZEN = "blocks.0."
 
 
 class Cell(NamedTuple):
-    """A topology and a precision."""
+    """A topology, a precision, and what is trained: all but the first block, or a key of TUNED."""
 
     world: int
     stage: int
     dtype: str
+    trained: str = ""
 
     def __str__(self) -> str:
-        return f"{self.dtype}, {self.world} x stage {self.stage}"
+        return f"{self.dtype}, {self.world} x stage {self.stage}" + (f", {self.trained}" if self.trained else "")
+
+    @property
+    def model(self) -> ModelConfig:
+        return MISTRAL if self.trained == "mistral" else SMALL
 
     @property
     def seed(self) -> int:
         return 100 * self.world + 10 * self.stage + (self.dtype == "bf16")
 
     def folder(self, root: Path) -> Path:
-        return root / f"{self.dtype}-{self.world}-{self.stage}"
+        return root / f"{self.dtype}-{self.world}-{self.stage}{self.trained}"
 
 
 class Found(NamedTuple):
@@ -70,17 +77,33 @@ class Found(NamedTuple):
     loss_error: float = 0.0
 
 
-def build(cell: Cell, world: World, seed: int, model: ModelConfig = SMALL) -> Engine:
-    """An engine as a run builds it, with the first block frozen; rehearsed, so that its optimizer's state exists."""
-    overrides = [f"training.dtype={cell.dtype}", f"training.global_batch_size={ROWS * MICRO_STEPS}"]
+def build(cell: Cell, world: World, seed: int, model: ModelConfig | None = None) -> Engine:
+    """An engine as a run builds it, with a part frozen; rehearsed, so that its optimizer's state exists."""
+    model = model or cell.model
+    overrides = [f"training.dtype={cell.dtype}", f"training.global_batch_size={ROWS * MICRO_STEPS}", f"run.seed={seed}"]
     shipped = cell.stage or cell.dtype == "fp32"  # at stage 0 one has to accept sums in bf16 in a file of one's own
     file = f"zero{cell.stage}" if shipped else Path(__file__).with_name("zero0_bf16.json")
     overrides += [f"training.micro_batch_size_per_gpu={ROWS // world.size}", f"deepspeed={file}"]
-    config = fill_deepspeed(load_config(["quickstart"], overrides).config, world.size)
+    overrides += [
+        f"optimizer.learning_rate={LEARNING_RATE}",
+        "optimizer.weight_decay=0.1",
+        *TUNED.get(cell.trained, []),
+    ]
+    run = load_config(["quickstart"], overrides).config
+    config = fill_deepspeed(run, world.size)
     if cell.stage:
-        config["zero_optimization"]["reduce_bucket_size"] = 5000 if model is SMALL else 500_000
+        config["zero_optimization"]["reduce_bucket_size"] = 500_000 if model is LARGE else 5000
     if cell.stage == 3:  # some gathered for each layer, some kept whole; several sub-groups
         config["zero_optimization"] |= {"stage3_param_persistence_threshold": 200, "sub_group_size": 5000}
+    with contextlib.redirect_stdout(io.StringIO()):  # one of DeepSpeed's optimizers prints how much memory there is
+        tuned = cell.trained in TUNED
+        engine = build_tuned(run, model, config, world) if tuned else _build(config, model, world, seed)
+    engine.rehearse(batches(world, 99, model)[0])
+    return engine
+
+
+def _build(config: Mapping[str, Any], model: ModelConfig, world: World, seed: int) -> Engine:
+    """With the first block frozen."""
     torch.manual_seed(seed)
     module = construct(lambda: GPT(model), config)
     frozen = [p for name, p in module.named_parameters() if name.startswith(FROZEN)]
@@ -90,10 +113,7 @@ def build(cell: Cell, world: World, seed: int, model: ModelConfig = SMALL) -> En
             if parameter.dim() == 1:
                 nn.init.normal_(parameter.data)
     optimizer = build_optimizer(module, OptimizerSection(learning_rate=LEARNING_RATE, weight_decay=0.1))
-    with contextlib.redirect_stdout(io.StringIO()):  # one of DeepSpeed's optimizers prints how much memory there is
-        engine = Engine(module, optimizer, config, world)
-    engine.rehearse(batches(world, 99, model)[0])
-    return engine
+    return Engine(module, optimizer, config, world)
 
 
 def batches(world: World, step: int, model: ModelConfig = SMALL) -> list[dict[str, Tensor]]:
@@ -114,8 +134,8 @@ def train(engine: Engine, world: World, step: int, model: ModelConfig = SMALL) -
     return world.sum(total)[0] / targets, engine.step(LEARNING_RATE).applied
 
 
-def evaluate(engine: Engine, world: World) -> float:
-    return world.sum(sum(float(engine.evaluate(batch)) for batch in batches(world, STEPS)))[0]
+def evaluate(engine: Engine, world: World, model: ModelConfig = SMALL) -> float:
+    return world.sum(sum(float(engine.evaluate(batch)) for batch in batches(world, STEPS, model)))[0]
 
 
 # ---- the oracle ------------------------------------------------------------------------------------------------------
@@ -202,8 +222,9 @@ def compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: 
 # ---- saving and loading ----------------------------------------------------------------------------------------------
 
 
-def save_cell(world: World, root: Path, cell: Cell, model: ModelConfig = SMALL) -> list[str]:
+def save_cell(world: World, root: Path, cell: Cell, model: ModelConfig | None = None) -> list[str]:
     """Train, write the oracle, save. Returns what the save itself changed: nothing."""
+    model = model or cell.model
     engine = build(cell, world, cell.seed, model)
     for step in range(STEPS):
         assert train(engine, world, step, model)[1]
@@ -215,8 +236,8 @@ def save_cell(world: World, root: Path, cell: Cell, model: ModelConfig = SMALL) 
     manifest = {"step": STEPS, "counters": counters, "state_kinds": list(engine.state_kinds)}
     save_checkpoint(engine, world, folder, "saver", manifest)
     changed = compare(gather(engine), oracle, cell.dtype)
-    if model is SMALL:
-        losses = evaluate(engine, world), train(engine, world, STEPS)[0]
+    if model is not LARGE:
+        losses = evaluate(engine, world, model), train(engine, world, STEPS, model)[0]
         oracle["losses"] = torch.tensor(losses, dtype=torch.float64)
     if world.is_main:
         save_file({name: value.contiguous() for name, value in oracle.items()}, folder / "oracle")
@@ -231,8 +252,9 @@ def load_cell(world: World, root: Path, source: Cell, target: Cell) -> Found:
     load_state(engine, CheckpointReader(checkpoint))
     losses = oracle.pop("losses").tolist()
     differences = compare(gather(engine), oracle, target.dtype)
-    evaluated, (trained, applied) = evaluate(engine, world), train(engine, world, STEPS)
-    if not (applied and train(engine, world, STEPS + 1)[1]):
+    model = target.model
+    evaluated, (trained, applied) = evaluate(engine, world, model), train(engine, world, STEPS, model)
+    if not (applied and train(engine, world, STEPS + 1, model)[1]):
         differences.append("a step after it is not applied")
     return Found(differences, max(abs(evaluated / losses[0] - 1), abs(trained / losses[1] - 1)))
 

@@ -34,8 +34,8 @@ def _source(engine: Engine, change: Callable[[Source, Fragment, str], Tensor]) -
     """A patch of what a load asks the checkpoint for."""
     load = engine.load
 
-    def changed(source: Source, kinds: tuple[str, ...], optimizer_steps: int) -> None:
-        load(lambda fragment, kind: change(source, fragment, kind), kinds, optimizer_steps)
+    def changed(source: Source, *others: Any) -> None:
+        load(lambda fragment, kind: change(source, fragment, kind), *others)
 
     return mock.patch.object(engine, "load", changed)
 
@@ -85,7 +85,7 @@ def _statistics(engine: Engine, world: World) -> Any:
 
 def _steps(engine: Engine, world: World) -> Any:
     load = engine.load
-    return mock.patch.object(engine, "load", lambda source, kinds, optimizer_steps: load(source, kinds, 0))
+    return mock.patch.object(engine, "load", lambda source, kinds, optimizer_steps, late: load(source, kinds, 0, late))
 
 
 def _stale(engine: Engine, world: World) -> Any:
@@ -105,6 +105,20 @@ MUTATIONS: dict[str, tuple[Callable[[Engine, World], Any], str]] = {
     "a range, by one": (_shifted, f"exp_avg:{VECTOR}"),
     "working copies": (_stale, f"working:{MATRIX}"),
 }
+# The same of a model with adapters and magnitudes.
+LAYER = "blocks.1.mlp.down_proj"
+ADAPTER, MAGNITUDE = f"{LAYER}.lora_A.default.weight", f"{LAYER}.lora_magnitude_vector.default.weight"
+MATRIX_BESIDE = f"{LAYER}.base_layer.weight"
+TUNED_MUTATIONS: dict[str, tuple[Callable[[Engine, World], Any], str]] = {
+    "adapter": (_drop("master", ADAPTER), f"master:{ADAPTER}"),
+    "second moment of an adapter": (_drop("exp_avg_sq", ADAPTER), f"exp_avg_sq:{ADAPTER}"),
+    "magnitude": (_drop("master", MAGNITUDE), f"master:{MAGNITUDE}"),
+    "matrix beside an adapter": (_drop("master", MATRIX_BESIDE), f"frozen:{MATRIX_BESIDE}"),
+}
+
+
+def mutations(trained: str) -> dict[str, tuple[Callable[[Engine, World], Any], str]]:
+    return TUNED_MUTATIONS if trained else MUTATIONS
 
 
 def controls(world: World, root: Path, source: Cell, target: Cell) -> dict[str, bool]:
@@ -112,7 +126,7 @@ def controls(world: World, root: Path, source: Cell, target: Cell) -> dict[str, 
     checkpoint, oracle = opened(root, source)
     del oracle["losses"]
     found = {}
-    for name, (forgetting, tensor) in MUTATIONS.items():
+    for name, (forgetting, tensor) in mutations(target.trained).items():
         if name == "working copies" and target.stage == 0 and target.dtype == "fp32":
             continue  # nothing is a copy there
         engine = build(target, world, seed=7)

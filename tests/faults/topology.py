@@ -1,12 +1,15 @@
 """A run saved on any number of ranks, at any ZeRO stage, continues on any other, with the same state to the last bit.
 
-python -m tests.faults topology           all 288 cells, the controls, bytes and memory; --trials has no meaning
+python -m tests.faults topology           all 352 cells, the controls, bytes and memory; --trials has no meaning
 
 {1, 2, 4 ranks} x {stage 0, 1, 2, 3} -> the same twelve, in fp32 and bf16. Each of the 24 sources trains three steps and
 writes down all of its state as DeepSpeed's own calls gather it (_topology.py). Each cell is a fresh engine of another seed,
 which loads the source's checkpoint, is gathered in the same way and compared bit for bit on every rank: masters, moments,
 working copies, frozen parameters, running statistics, step count. Then the first losses (training, and evaluation, which
 uses the running statistics) must be the source's, and two more steps must be applied.
+
+Runs that train a part (_topology_tuned.py: LoRA, DoRA, the last block, LoRA in a Mistral of transformers) have 16 cells each:
+all pairs of stages and of numbers of ranks, both precisions at each stage. A checkpoint's layout depends on no more than that.
 
 Trade-off: ranks live in one pool per world size, because starting DeepSpeed costs more than a cell; an engine per cell, so
 that no cell finds anything in place that an earlier load has brought.
@@ -24,7 +27,8 @@ from pathlib import Path
 
 from dsgpt.checkpoint.files import CHUNK_BYTES
 from tests.faults._topology import LARGE, Cell, Found, load_cell, save_cell
-from tests.faults._topology_loads import MUTATIONS, Cost, controls, load_large
+from tests.faults._topology_loads import Cost, controls, load_large, mutations
+from tests.faults._topology_tuned import TUNED
 from tests.frame import Outcome, Row
 
 WORLDS, STAGES, DTYPES = (1, 2, 4), (0, 1, 2, 3), ("fp32", "bf16")
@@ -116,43 +120,55 @@ def all_cells() -> list[tuple[Cell, Cell]]:
     ]
 
 
+def covering_cells(trained: str = "") -> list[tuple[Cell, Cell]]:
+    """Sixteen: every topology's stage and world, all pairs of stages and of worlds, both precisions at each stage."""
+    turn, cells = list(TUNED).index(trained) if trained else 0, []
+    for source, target in itertools.product(STAGES, STAGES):
+        dtype = DTYPES[(source + target + turn) % 2]
+        worlds = WORLDS[(source + target + turn) % 3], WORLDS[(source - target + 1 + turn) % 3]
+        cells.append((Cell(worlds[0], source, dtype, trained), Cell(worlds[1], target, dtype, trained)))
+    return cells
+
+
 def run(trials: int | None, seed: int) -> Outcome:
     """Everything once; there is nothing random in it."""
     from tests.pool import close_all
 
     os.environ["DS_ACCELERATOR"] = "cpu"
     with tempfile.TemporaryDirectory(prefix="dsgpt-topology-") as name:
-        root, cells = Path(name), all_cells()
-        found = run_cells(root / "small", cells)
-        different = {pair: sorted({d for one in ranks for d in one.differences}) for pair, ranks in found.items()}
-        for (source, target), names in different.items():
-            if names:
-                print(f"{source} -> {target}: {len(names)} differ: {', '.join(names[:6])}")
-        rows = [
-            Row(
-                "cells equal",
-                sum(not names for names in different.values()),
-                at_least=len(cells),
-                note=f"of {len(cells)}",
-            )
-        ]
-        for dtype in DTYPES:
-            errors = {
-                pair: max(one.loss_error for one in ranks) for pair, ranks in found.items() if pair[0].dtype == dtype
-            }
-            worst = max(errors, key=lambda pair: errors[pair])
-            note = f"{worst[0]} -> {worst[1]}"
-            rows.append(
-                Row(f"first loss, {dtype}, worst", errors[worst], "relative", at_most=LOSS_ERROR[dtype], note=note)
-            )
-        targets = [Cell(2, stage, dtype) for dtype in DTYPES for stage in STAGES]
-        caught: dict[tuple[Cell, str], bool] = {}
-        for dtype in DTYPES:
-            mine = [target for target in targets if target.dtype == dtype]
-            caught |= run_controls(root / "small", Cell(4, 2, dtype), mine)
-        overlooked = ", ".join(f"{name} ({target})" for (target, name), seen in caught.items() if not seen)
-        note = f"overlooked: {overlooked or 'none'}; forgotten: {', '.join(MUTATIONS)}"
-        rows.append(Row("controls caught", sum(caught.values()), at_least=len(caught), note=note))
+        root, rows, count = Path(name), [], 0
+        for trained in ("", *TUNED):
+            cells = covering_cells(trained) if trained else all_cells()
+            rows += _cell_rows(root / "small", trained, cells)
+            count += len(cells)
+        rows += _control_rows(root / "small")
         rows += run_large(root / "large")
         close_all()
-    return Outcome(rows, len(cells))
+    return Outcome(rows, count)
+
+
+def _cell_rows(root: Path, trained: str, cells: list[tuple[Cell, Cell]]) -> list[Row]:
+    label, found = f"{trained}: " if trained else "", run_cells(root, cells)
+    different = {pair: sorted({d for one in ranks for d in one.differences}) for pair, ranks in found.items()}
+    for (source, target), names in different.items():
+        if names:
+            print(f"{source} -> {target}: {len(names)} differ: {', '.join(names[:6])}")
+    equal = sum(not names for names in different.values())
+    rows = [Row(f"{label}cells equal", equal, at_least=len(cells), note=f"of {len(cells)}")]
+    for dtype in DTYPES:
+        errors = {pair: max(one.loss_error for one in ranks) for pair, ranks in found.items() if pair[0].dtype == dtype}
+        worst = max(errors, key=lambda pair: errors[pair])
+        name, note = f"{label}first loss, {dtype}, worst", f"{worst[0]} -> {worst[1]}"
+        rows.append(Row(name, errors[worst], "relative", at_most=LOSS_ERROR[dtype], note=note))
+    return rows
+
+
+def _control_rows(root: Path) -> list[Row]:
+    """What a load forgets is found: at every stage in both precisions; adapters, which are parameters like others, in fp32."""
+    caught: dict[tuple[Cell, str], bool] = {}
+    for source in (*(Cell(4, 2, dtype) for dtype in DTYPES), Cell(4, 2, "fp32", "dora")):
+        caught |= run_controls(root, source, [source._replace(world=2, stage=stage) for stage in STAGES])
+    overlooked = ", ".join(f"{name} ({target})" for (target, name), seen in caught.items() if not seen)
+    forgotten = [name for trained in ("", "dora") for name in mutations(trained)]
+    note = f"overlooked: {overlooked or 'none'}; forgotten: {', '.join(forgotten)}"
+    return [Row("controls caught", sum(caught.values()), at_least=len(caught), note=note)]
