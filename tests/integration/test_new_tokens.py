@@ -72,7 +72,7 @@ def losses(folder):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-# One native model with a head of its own and one that is tied; one of transformers with a bias in its head, and one that is tied.
+# Native models: a head of its own, and a tied one. Of transformers: a head with a bias, and a tied one.
 @pytest.mark.parametrize(
     "kind, stage",
     [
