@@ -127,6 +127,9 @@ def test_every_way_of_training_a_part(way, kind, stage, hf_folder, write_run, tm
     assert pool.run(train_here, stopped, [], 0, "c") == [STEPS, STEPS]
     last = f"checkpoints/step-{STEPS:08d}"
     assert hashes(tmp_path / "stopped" / last) == hashes(tmp_path / "straight" / last)
+    if way not in ("decay", "unfreezing"):  # what is frozen is on the disk once, also after another start
+        files = [tmp_path / f"stopped/checkpoints/step-{step:08d}/frozen-00000.safetensors" for step in (1, 3, STEPS)]
+        assert len({file.stat().st_ino for file in files}) == 1
     _, model = export_and_load(tmp_path / "straight", tmp_path / "export")
     from transformers import AutoModelForCausalLM
 
@@ -199,3 +202,23 @@ def test_partitions_in_bf16_start_with_the_folders_loss_and_resume(way, kind, hf
     last = f"checkpoints/step-{STEPS:08d}"
     assert hashes(tmp_path / "stopped" / last) == hashes(tmp_path / "straight" / last)
     export_and_load(tmp_path / "straight", tmp_path / "export")
+
+
+@pytest.mark.parametrize("way", ["dora", "unfreezing"])
+def test_a_run_that_trains_a_part_goes_on_with_other_ranks_and_another_stage(way, hf_folder, write_run, tmp_path):
+    settings = SHORT | {
+        "deepspeed": "zero3",
+        "model": {"init_from": f"hf:{hf_folder('mistral')}"},
+        "fine_tuning": WAYS[way],
+    }
+    straight, moved = write_run("straight", **settings), write_run("moved", **settings)
+    assert ranks(2).run(train_here, straight, [], 0, "a") == [STEPS, STEPS]
+    assert "stopped at step 1" in ranks(2).run(train_here, moved, [], 1, "b")[0]
+    assert ranks(1).run(train_here, moved, ["deepspeed=zero1"], 0, "c") == [STEPS]
+    one, other = (CheckpointReader(tmp_path / name / f"checkpoints/step-{STEPS:08d}") for name in ("straight", "moved"))
+    assert one.parameters == other.parameters and one.frozen == other.frozen
+    expected = {step: float.fromhex(line[0]) for step, line in metrics(tmp_path / "straight").items()}
+    found = {step: float.fromhex(line[0]) for step, line in metrics(tmp_path / "moved").items()}
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name in one.frozen:
+        assert torch.equal(one.tensor(name), other.tensor(name))
