@@ -12,7 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from dsgpt.process import free_port
 
@@ -27,7 +30,35 @@ _CPU_ONLY = {
 }
 
 
-def run_ranks(arguments: Sequence[str], log: Path) -> list[int]:
+@dataclass
+class Watch:
+    """What is sampled of all ranks together while they run.
+
+    `anonymous`: the most that one of them held of what no file backs, in bytes.
+    """
+
+    anonymous: int = 0
+    _times: list[float] = field(default_factory=list)
+    _seconds: list[float] = field(default_factory=list)
+
+    def look(self, pids: Sequence[int]) -> None:
+        seconds = 0.0
+        for pid in pids:
+            status = Path(f"/proc/{pid}/status").read_text("ascii", errors="replace").split()
+            if "RssAnon:" in status:  # not of one that has ended
+                self.anonymous = max(self.anonymous, int(status[status.index("RssAnon:") + 1]) * 1024)
+            times = Path(f"/proc/{pid}/stat").read_text("ascii", errors="replace").rpartition(")")[2].split()
+            seconds += (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+        self._times.append(time.time())
+        self._seconds.append(seconds)
+
+    def processor_seconds(self, start: float, stop: float) -> float:
+        """Spent by all ranks between two times; other jobs on the machine hardly change it."""
+        before, after = np.interp([start, stop], self._times, self._seconds)
+        return float(after - before)
+
+
+def run_ranks(arguments: Sequence[str], log: Path, watch: Watch | None = None) -> list[int]:
     """Run `python arguments` on all ranks with one thread each; peak resident bytes of each rank.
 
     Raises RuntimeError with the end of the log where a rank fails or takes longer than GIVE_UP_SECONDS.
@@ -41,7 +72,8 @@ def run_ranks(arguments: Sequence[str], log: Path) -> list[int]:
         # What is compiled at run time goes with the run's folder.
         "TORCHINDUCTOR_CACHE_DIR": str(log.parent / "compiled"),
     }
-    return _run(arguments, log, [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(NUM_RANKS)])
+    environments = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(NUM_RANKS)]
+    return _run(arguments, log, environments, watch)
 
 
 def peak_of(arguments: Sequence[str], log: Path) -> int:
@@ -49,7 +81,9 @@ def peak_of(arguments: Sequence[str], log: Path) -> int:
     return _run(arguments, log, [{}])[0]
 
 
-def _run(arguments: Sequence[str], log: Path, environments: Sequence[Mapping[str, str]]) -> list[int]:
+def _run(
+    arguments: Sequence[str], log: Path, environments: Sequence[Mapping[str, str]], watch: Watch | None = None
+) -> list[int]:
     processes = []
     try:
         with log.open("wb") as file:
@@ -59,7 +93,7 @@ def _run(arguments: Sequence[str], log: Path, environments: Sequence[Mapping[str
                 processes.append(
                     subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
                 )
-        return _wait(processes)
+        return _wait(processes, watch)
     except RuntimeError as error:
         raise RuntimeError(f"{error}:\n{log.read_text('utf-8', errors='replace')[-3000:]}") from None
     finally:
@@ -69,10 +103,12 @@ def _run(arguments: Sequence[str], log: Path, environments: Sequence[Mapping[str
                 process.wait()
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+def _wait(processes: Sequence[subprocess.Popen[bytes]], watch: Watch | None) -> list[int]:
     peaks: dict[int, int] = {}
     deadline = time.monotonic() + GIVE_UP_SECONDS
     while len(peaks) < len(processes):
+        if watch and not peaks:
+            watch.look([process.pid for process in processes])
         for rank, process in enumerate(processes):
             if rank in peaks:
                 continue
@@ -84,5 +120,5 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
                     raise RuntimeError(f"rank {rank} ended with {process.returncode}")
         if time.monotonic() > deadline:
             raise RuntimeError(f"not finished after {GIVE_UP_SECONDS} s")
-        time.sleep(0.1)
+        time.sleep(0.03 if watch else 0.1)
     return [peaks[rank] for rank in sorted(peaks)]

@@ -7,18 +7,16 @@ million synthetic lengths, which need nothing.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from tests.benchmarks._chats import SHARED, questions, summaries, support_dialogues, tool_dialogues
 from tests.frame import Outcome, Row
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 CAPACITY = 1025
 
 
@@ -61,7 +59,8 @@ def _real_lengths() -> tuple[list[int], int]:
     with tempfile.TemporaryDirectory() as name:
         template = ChatTemplate(Tokenizer.load(_gpt2(Path(name))))
     sizes = []
-    for form, records in ((Format("sharegpt"), _dialogues()), (Format("completion"), _pairs())):
+    dialogues, pairs = tool_dialogues() + support_dialogues(), summaries() + questions()
+    for form, records in ((Format("sharegpt"), dialogues), (Format("completion"), pairs)):
         for item in read_conversations(records, form):
             assert isinstance(item, Conversation), item
             sizes.append(len(template.encode(item.messages, item.tools).ids))
@@ -74,39 +73,3 @@ def _gpt2(folder: Path) -> Path:
     for name in ("vocab.json", "merges.txt"):
         (folder / name).write_bytes((SHARED / "tokenizers" / f"gpt2_{name}").read_bytes())
     return folder
-
-
-def _dialogues() -> list[dict[str, Any]]:
-    """Of three schemas, as ShareGPT has them; what an agent says before the customer does is left out."""
-    found = json.loads((SHARED / "instruct" / "glaive_toolcall_en_demo.json").read_text("utf-8"))
-    spoken = [
-        [(turn["speaker"] == "SYSTEM", turn["utterance"]) for turn in dialogue["turns"]]
-        for dialogue in json.loads((SHARED / "support" / "sgd_train_dialogues_001.json").read_text("utf-8"))
-    ]
-    for dialogue in json.loads((SHARED / "support" / "abcd_sample.json").read_text("utf-8")):
-        spoken.append([(who == "agent", text) for who, text in dialogue["original"] if who in ("agent", "customer")])
-    for turns in spoken:
-        said: list[dict[str, str]] = []
-        for is_agent, text in turns:
-            who = "gpt" if is_agent else "human"
-            if said and said[-1]["from"] == who:
-                said[-1]["value"] += "\n" + text
-            elif said or not is_agent:
-                said.append({"from": who, "value": text})
-        if len(said) > 1:
-            found.append({"conversations": said})
-    return found
-
-
-def _pairs() -> list[dict[str, str]]:
-    found = []
-    for name in ("cnn_dm_200.jsonl", "xsum_200.jsonl"):
-        rows = [json.loads(line) for line in (SHARED / "news" / name).read_text("utf-8").splitlines()]
-        found += [
-            {"prompt": row["prompt"], "completion": row[next(key for key in row if key != "prompt")]} for row in rows
-        ]
-    for domain in json.loads((SHARED / "support" / "dstc9_faq_knowledge.json").read_text("utf-8")).values():
-        for entity in domain.values():
-            for doc in entity["docs"].values():
-                found.append({"prompt": doc["title"], "completion": doc["body"]})
-    return found

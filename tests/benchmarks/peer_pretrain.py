@@ -50,7 +50,7 @@ SHAPE = {
 SAME_LOSS = 1e-3
 
 # From the guide "DeepSpeed" of transformers, without its offload sections.
-_ZERO_OF_THE_DOCS: dict[int, dict[str, Any]] = {
+ZERO_OF_THE_DOCS: dict[int, dict[str, Any]] = {
     1: {"stage": 1},
     2: {
         "stage": 2,
@@ -150,10 +150,10 @@ def _prepare(folder: Path, seed: int) -> None:
     order = SampleOrder(dataset.num_samples, seed, dataset.manifest.fingerprint)
     blocks = [dataset[int(i)] for i in order.sample_ids(0, STEPS * GLOBAL_BATCH)]
     np.save(folder / "samples.npy", np.stack([np.append(block.input_ids, block.labels[-1]) for block in blocks]))
-    _write_model(folder / "model", seed)
+    write_model(folder / "model", seed, SEQ_LENGTH)
 
 
-def _write_model(folder: Path, seed: int) -> None:
+def write_model(folder: Path, seed: int, seq_length: int) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -161,7 +161,7 @@ def _write_model(folder: Path, seed: int) -> None:
     from dsgpt.model.gpt import GPT
     from dsgpt.model.hf_format import hf_config, to_hf
 
-    config = ModelSection(**SHAPE).resolved(VOCAB_SIZE, SEQ_LENGTH)
+    config = ModelSection(**SHAPE).resolved(VOCAB_SIZE, seq_length)
     torch.manual_seed(seed)
     weights = GPT(config).state_dict()
     folder.mkdir()
@@ -202,11 +202,11 @@ def _train_dsgpt(folder: Path, stage: int, seed: int) -> Measured:
 
 
 def _train_default(folder: Path, stage: int, seed: int) -> Measured:
-    return _train_peer(folder, _ZERO_OF_THE_DOCS[stage], seed, {})
+    return _train_peer(folder, ZERO_OF_THE_DOCS[stage], seed, {})
 
 
 def _train_best(folder: Path, stage: int, seed: int) -> Measured:
-    return _train_peer(folder, {**_ZERO_OF_THE_DOCS[stage], **_BEST_ZERO[stage]}, seed, _BEST_ARGUMENTS)
+    return _train_peer(folder, {**ZERO_OF_THE_DOCS[stage], **_BEST_ZERO[stage]}, seed, _BEST_ARGUMENTS)
 
 
 def _train_peer(folder: Path, zero: dict[str, Any], seed: int, arguments: dict[str, Any]) -> Measured:
