@@ -63,7 +63,7 @@ PEERS: dict[str, dict[str, Any]] = {
 }
 OURS = {"dsgpt": "auto", "dsgpt-hf": "transformers"}
 SAME_MATHEMATICS = ("default", "balanced")
-FLATTENED_STEPS = 5
+FLATTENED_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def run(trials: int | None, seed: int) -> Outcome:
                         print(
                             f"{kind:9} {side:9} {one.tokens_per_second:6.0f} tokens/s "
                             f"({one.tokens_per_processor_second:.0f} a processor) {one.peak_bytes / 2**20:5.0f} MiB "
-                            f"loss {one.loss:.4f} after {one.tokens:,} tokens",
+                            f"loss {one.loss:.4f} after {one.tokens:,} tokens, load {os.getloadavg()[0]:.0f}",
                             flush=True,
                         )
                 rows += _rows(kind, found)
