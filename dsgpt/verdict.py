@@ -18,6 +18,7 @@ from dsgpt.errors import ExitCode
 from dsgpt.process import write_once
 
 END = "end.json"
+STOPPED_AT_START = "stopped_at_start"  # a cause: asked to stop before the first step
 MAX_STARTS_WITHOUT_PROGRESS = 3
 
 

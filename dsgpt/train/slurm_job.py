@@ -28,12 +28,22 @@ from dsgpt.launch.layout import Layout, choose_layout, write_hostfile
 from dsgpt.process import free_port, new_attempt, scheduler_job
 from dsgpt.train.resolve import nothing_left, resolve_run
 from dsgpt.train.runs import attempts_of, jobs_of
-from dsgpt.verdict import MAX_STARTS_WITHOUT_PROGRESS, Verdict, amend_verdict, read_verdict, record_verdict
+from dsgpt.verdict import (
+    MAX_STARTS_WITHOUT_PROGRESS,
+    STOPPED_AT_START,
+    Verdict,
+    amend_verdict,
+    read_verdict,
+    record_verdict,
+)
 
 MAX_EXCLUDED_SHARE = 0.25
 FAILURES_TO_EXCLUDE = 2
 FAILURES_COUNT_FOR_SECONDS = 7 * 86400.0  # a node is repaired one day
-_TASK_ENDED = re.compile(rb"srun: error: (\S+): tasks? (\d+)[\d,-]*: (?!Terminated)(?:Exited with exit code (\d+))?")
+_TASK_ENDED = re.compile(
+    rb"srun: error: (\S+): tasks? (\d+)[\d,-]*: (?!Terminated)(?:Exited with exit code (\d+))?(.*)"
+)
+_ASKED = b"User defined signal"  # USR1 or USR2, which a rank heeds as soon as python runs our code
 _CODES_OF_RANKS = [code for code in ExitCode if code > ExitCode.USAGE]  # 1 and 2: a python that cannot start
 SHOWN_CAUSES = ("rank_died", "hang", "infrastructure")
 
@@ -207,7 +217,10 @@ def with_first_failed(verdict: Verdict, log_dir: Path, record: slurm.JobRecord |
         return verdict
     if not (found := first_failed_task(log_dir, record)):
         return verdict
-    rank, host = found
+    rank, host, asked = found
+    if asked:
+        told = f"rank {rank} on {host} was asked to stop before it could listen: there is nothing new to commit"
+        return amend_verdict(log_dir, Verdict(int(ExitCode.PREEMPTED), STOPPED_AT_START, told))
     told = f"{verdict.message}; srun saw rank {rank} on {host} end first"
     return amend_verdict(log_dir, replace(verdict, cause="rank_died", rank=rank, host=host, message=told))
 
@@ -220,8 +233,9 @@ def log_bytes(record: slurm.JobRecord | None) -> int:
         return 0
 
 
-def first_failed_task(log_dir: Path, record: slurm.JobRecord | None) -> tuple[int, str] | None:
-    """(rank, host) that srun itself saw end first in this start, from the job's log; None where it cannot be read.
+def first_failed_task(log_dir: Path, record: slurm.JobRecord | None) -> tuple[int, str, bool] | None:
+    """(rank, host) that srun itself saw end first in this start, from the job's log; None where it cannot be read. And whether
+    a warning ended it: one that came before python had installed the handlers.
 
     A rank's own lines carry its number (srun --label), so that none of them can pass for one of srun's. A rank that left
     with a code of ours could tell and blamed nobody: it lost a peer, whose end srun has not seen.
@@ -233,7 +247,9 @@ def first_failed_task(log_dir: Path, record: slurm.JobRecord | None) -> tuple[in
             for line in file:
                 if match := _TASK_ENDED.match(line):
                     host, told = match[1].decode(), match[3] and int(match[3]) in _CODES_OF_RANKS
-                    return None if told or "[" in host else (int(match[2]), host)  # several hosts at once: nobody first
+                    if told or "[" in host:  # several hosts at once: nobody first
+                        return None
+                    return int(match[2]), host, match[4].startswith(_ASKED)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # another file system, or inside a container: the host stays unknown
     return None

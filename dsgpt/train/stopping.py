@@ -18,13 +18,13 @@ from dsgpt.process import WARNINGS, StopRequest
 from dsgpt.train.resolve import ResolvedRun
 from dsgpt.train.step import Wishes
 from dsgpt.train.time_limit import TimeLimit
-from dsgpt.verdict import read_verdict
+from dsgpt.verdict import STOPPED_AT_START, read_verdict
 
 if TYPE_CHECKING:
     from dsgpt.train.loop import Run
 
 TIME_LIMIT = "the time limit"
-WARNED_AT_START, STOPPED_AT_START = "warned_at_start", "stopped_at_start"
+WARNED_AT_START = "warned_at_start"
 _AHEAD_OF_TIME = {TIME_LIMIT, *(signal.Signals(number).name for number in WARNINGS)}
 
 

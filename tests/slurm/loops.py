@@ -140,10 +140,12 @@ def to_rank(loop: Loop, number: signal.Signals, rank: int) -> None:
 
 
 def storm(loop: Loop, rng: random.Random) -> None:
-    """Ten signals of all kinds, within about a second."""
+    """Ten signals of all kinds, within about a second: to this start's ranks, never to those of the next one."""
+    loop.until(lambda: len(lab.ranks(loop.job)) > 1, "the ranks")
+    ranks = lab.ranks(loop.job)
     for _ in range(5):
         lab.send(loop.job, rng.choice(("USR1", "USR2")), rng.choice(("--batch", "--full")))
-        to_rank(loop, rng.choice((signal.SIGUSR1, signal.SIGUSR2)), rng.randint(0, 1))
+        os.kill(ranks[rng.randint(0, 1)], rng.choice((signal.SIGUSR1, signal.SIGUSR2)))
 
 
 # Rows T601, T602, T605, T606. A signal to one rank alone finds the other one at another step.

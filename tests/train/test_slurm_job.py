@@ -201,6 +201,19 @@ def test_a_chain_goes_on_only_where_a_job_would_be_requeued(job, write_run, tmp_
         assert "done" not in prepare(write_run()), "the first part of another chain"
 
 
+def test_a_rank_that_a_warning_ended_before_it_could_listen_was_asked_to_stop(job, tmp_path, write_run):
+    """T604, in the first moment of a start: neither a failure of its host nor a start without progress."""
+    log = tmp_path / "job.log"
+    record = RUNNING.replace("/home/a b/out.log", str(log))
+    for _ in range(4):
+        log_dir = Path(value(prepare(write_run(), record=record), "DSGPT_LOG_DIR"))
+        with log.open("a", encoding="utf-8") as file:
+            file.write("srun: error: node2: task 1: User defined signal 1\nsrun: error: node1: task 0: Terminated\n")
+        lines = list(slurm_job.decide(log_dir, record, []))
+        assert lines[-1] == "requeue" and not any(line.startswith("exclude") for line in lines)
+        assert read_verdict(log_dir).exit_code == 75
+
+
 def test_a_host_that_fails_first_twice_is_excluded_and_most_are_not(job, tmp_path, write_run):
     """T614."""
     write = {"rank": 1, "host": "node2"}
