@@ -11,6 +11,7 @@ micro-batch has equally many targets.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import math
@@ -20,8 +21,10 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dsgpt.distributed import World
 from dsgpt.errors import NumericalError
@@ -56,6 +59,28 @@ def prepare_process() -> None:
     compile_, compiler.compile = compiler.compile, lambda: lambda function: function
     importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     compiler.compile = compile_
+
+
+def keep_partitions_out_of_recomputation() -> None:
+    """Let torch's selective recomputation not see what ZeRO-3 does to gather and release parameters, once per process.
+
+    It compares the operations of a block in the forward and the backward pass, and where parameters are prefetched, or frozen,
+    these are not the same. Nothing of them has a gradient.
+    """
+    for name in ("fetch_sub_module", "release_sub_module"):
+        method = getattr(PartitionedParameterCoordinator, name)
+        if not hasattr(method, "unseen"):
+            setattr(PartitionedParameterCoordinator, name, _unseen(method))
+
+
+def _unseen(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return method(*args, **kwargs)
+
+    wrapped.unseen = True  # type: ignore[attr-defined]
+    return wrapped
 
 
 def init_distributed(world: World) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsgpt.config import HFModelConfig
 from dsgpt.config.fine_tuning import Trained
 from dsgpt.distributed import World
-from dsgpt.engine import Engine, construct, gather_for, give_values
+from dsgpt.engine import Engine, construct, gather_for, give_values, keep_partitions_out_of_recomputation
 from dsgpt.model.build import blocks_of, blocks_prefix, build_model, import_what_builds
 from dsgpt.model.lora import add_adapters, weights_used_outside
 from dsgpt.model.recompute import apply_activation_checkpointing
@@ -42,6 +42,8 @@ def build_engine(plan: ResolvedRun, world: World, log: RunLog, step: int, num_la
     freeze(model, trained)
     if config.model.init_from != "scratch" or len({one.scale for one in trained.values() if one}) > 1:
         log.event("trained_parameters", table(trained, shapes, parts), **_counts(trained, shapes))
+    if config.training.activation_checkpointing == "selective":
+        keep_partitions_out_of_recomputation()
     blocks = blocks_of(model, parts.prefix)[first_trained_block(trained, parts) :]
     apply_activation_checkpointing(blocks, config.training.activation_checkpointing)
     if settings.neftune_alpha:

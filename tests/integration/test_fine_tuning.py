@@ -222,3 +222,26 @@ def test_a_run_that_trains_a_part_goes_on_with_other_ranks_and_another_stage(way
     assert found == pytest.approx(expected, rel=1e-5)
     for name in one.frozen:
         assert torch.equal(one.tensor(name), other.tensor(name))
+
+
+@pytest.mark.parametrize(
+    ("way", "kind", "policy"),
+    [
+        ("lora", "mistral", "full"),
+        ("last_blocks", "opt", "selective"),
+        pytest.param("lora", "llama", "full", marks=pytest.mark.slow),
+        pytest.param("unfreezing", "phi", "full", marks=pytest.mark.slow),
+    ],
+)
+def test_recomputation_changes_nothing_where_blocks_are_frozen(way, kind, policy, hf_folder, write_run, tmp_path):
+    settings = SHORT | {
+        "deepspeed": "zero3",
+        "model": {"init_from": f"hf:{hf_folder(kind)}"},
+        "fine_tuning": WAYS[way],
+        "training.activation_checkpointing": "none",
+    }
+    kept = write_run("kept", **settings)
+    again = write_run("again", **settings | {"training.activation_checkpointing": policy})
+    for yaml in (kept, again):
+        assert ranks(2).run(train_here, yaml, [], 0, "a") == [STEPS, STEPS]
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "kept")
