@@ -90,6 +90,7 @@ def measure(world: World, yaml: Path, pairs: int, seed: int) -> tuple[list[Pair]
     import numpy as np
 
     from dsgpt.config import load_config
+    from dsgpt.config.fine_tuning import FineTuningSection
     from dsgpt.train.build import build_engine
     from dsgpt.train.resolve import resolve_run
     from dsgpt.train.state import RunLog
@@ -100,7 +101,8 @@ def measure(world: World, yaml: Path, pairs: int, seed: int) -> tuple[list[Pair]
     batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "position_ids": positions, "document_ids": documents}
     engines, held = [], []
     for way in WAYS:
-        config = load_config([yaml], [f"fine_tuning.train={way}", "fine_tuning.num_last_blocks=2"]).config
+        tuning = FineTuningSection(train=way, num_last_blocks=2)  # a run would refuse to freeze initial weights
+        config = load_config([yaml]).config.model_copy(update={"fine_tuning": tuning})
         plan = resolve_run(config, world_size=world.size, device="cpu")
         engines.append(build_engine(plan, world, RunLog(yaml.parent, "a", enabled=False), step=0, num_last_blocks=2))
         engines[-1].rehearse(largest_micro_batch(VOCABULARY, LENGTH, MICRO, world.device))

@@ -12,6 +12,7 @@ import contextlib
 import io
 import itertools
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from dsgpt.distributed import World
 from dsgpt.engine import Engine, construct
 from dsgpt.model.gpt import GPT
 from dsgpt.optimizer import build_optimizer
-from tests.faults._topology_tuned import TUNED, build_tuned, mistral
+from tests.faults._topology_tuned import build_tuned, mistral
 
 ROWS, MICRO_STEPS, STEPS, LEARNING_RATE = 4, 2, 3, 1e-2
 SMALL = ModelConfig(
@@ -84,11 +85,7 @@ def build(cell: Cell, world: World, seed: int, model: ModelConfig | None = None)
     shipped = cell.stage or cell.dtype == "fp32"  # at stage 0 one has to accept sums in bf16 in a file of one's own
     file = f"zero{cell.stage}" if shipped else Path(__file__).with_name("zero0_bf16.json")
     overrides += [f"training.micro_batch_size_per_gpu={ROWS // world.size}", f"deepspeed={file}"]
-    overrides += [
-        f"optimizer.learning_rate={LEARNING_RATE}",
-        "optimizer.weight_decay=0.1",
-        *TUNED.get(cell.trained, []),
-    ]
+    overrides += [f"optimizer.learning_rate={LEARNING_RATE}", "optimizer.weight_decay=0.1"]
     run = load_config(["quickstart"], overrides).config
     config = fill_deepspeed(run, world.size)
     if cell.stage:
@@ -96,13 +93,13 @@ def build(cell: Cell, world: World, seed: int, model: ModelConfig | None = None)
     if cell.stage == 3:  # some gathered for each layer, some kept whole; several sub-groups
         config["zero_optimization"] |= {"stage3_param_persistence_threshold": 200, "sub_group_size": 5000}
     with contextlib.redirect_stdout(io.StringIO()):  # one of DeepSpeed's optimizers prints how much memory there is
-        tuned = cell.trained in TUNED
-        engine = build_tuned(run, model, config, world) if tuned else _build(config, model, world, seed)
+        builder = partial(build_tuned, run, cell.trained) if cell.trained else partial(_build, seed)
+        engine = builder(model, config, world)
     engine.rehearse(batches(world, 99, model)[0])
     return engine
 
 
-def _build(config: Mapping[str, Any], model: ModelConfig, world: World, seed: int) -> Engine:
+def _build(seed: int, model: ModelConfig, config: Mapping[str, Any], world: World) -> Engine:
     """With the first block frozen."""
     torch.manual_seed(seed)
     module = construct(lambda: GPT(model), config)

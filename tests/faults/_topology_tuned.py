@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dsgpt.config import ModelConfig, RunConfig
+from dsgpt.config.fine_tuning import FineTuningSection
 from dsgpt.distributed import World
 from dsgpt.engine import Engine
 from dsgpt.model.hf import hf_model_config
@@ -23,12 +24,11 @@ from dsgpt.train.sources import RunData
 from dsgpt.train.state import RunLog
 from tests.hf_models import hf_config
 
-LORA = ["fine_tuning.train=lora", "fine_tuning.lora.rank=3"]
-TUNED = {
-    "lora": LORA,
-    "dora": [*LORA, "fine_tuning.lora.use_dora=true"],
-    "last_blocks": ["fine_tuning.train=last_blocks", "fine_tuning.num_last_blocks=1"],
-    "mistral": LORA,
+TUNED: dict[str, dict[str, Any]] = {
+    "lora": {"train": "lora", "lora": {"rank": 3}},
+    "dora": {"train": "lora", "lora": {"rank": 3, "use_dora": True}},
+    "last_blocks": {"train": "last_blocks", "num_last_blocks": 1},
+    "mistral": {"train": "lora", "lora": {"rank": 3}},
 }
 
 
@@ -38,8 +38,11 @@ def mistral(vocab_size: int, positions: int) -> ModelConfig:
     return hf_model_config(config.to_dict(), 1, "tests")  # the number of parameters is for estimates
 
 
-def build_tuned(config: RunConfig, model: ModelConfig, deepspeed_config: Mapping[str, Any], world: World) -> Engine:
+def build_tuned(
+    config: RunConfig, trained: str, model: ModelConfig, deepspeed_config: Mapping[str, Any], world: World
+) -> Engine:
     """Not rehearsed yet. Frozen vectors get values at random: initial ones are the same for any seed."""
+    config = config.model_copy(update={"fine_tuning": FineTuningSection.model_validate(TUNED[trained])})
     data = RunData((), (), (), 0, None, None)
     plan = ResolvedRun(config, model, dict(deepspeed_config), data, world.size, "cpu", max_steps=10)
     engine = build_engine(plan, world, RunLog(Path(), "", enabled=False), step=0, num_last_blocks=1)
