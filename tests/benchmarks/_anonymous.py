@@ -9,11 +9,17 @@ from pathlib import Path
 INTERVAL_SECONDS = 0.02
 
 
+def anonymous_bytes(pid: int) -> int:
+    """0 for a process that has ended and was not waited for."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+
+
 class AnonymousPeak:
     """Samples RssAnon of a process in a thread until it ends, or this one does."""
 
     def __init__(self, pid: int):
-        self._status = Path(f"/proc/{pid}/status")
+        self._pid = pid
         self._peak, self._stop = self.now(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -25,8 +31,7 @@ class AnonymousPeak:
 
     def now(self) -> int:
         """Bytes; 0 for a process that has ended and was not waited for."""
-        lines = self._status.read_text().splitlines()
-        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+        return anonymous_bytes(self._pid)
 
     def take(self) -> int:
         """The largest so far, in bytes; counted from now on again."""

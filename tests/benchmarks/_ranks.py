@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dsgpt.process import free_port
+from tests.benchmarks._anonymous import anonymous_bytes
 
 NUM_RANKS = 2
 GIVE_UP_SECONDS = 900
@@ -44,9 +45,7 @@ class Watch:
     def look(self, pids: Sequence[int]) -> None:
         seconds = 0.0
         for pid in pids:
-            status = Path(f"/proc/{pid}/status").read_text("ascii", errors="replace").split()
-            if "RssAnon:" in status:  # not of one that has ended
-                self.anonymous = max(self.anonymous, int(status[status.index("RssAnon:") + 1]) * 1024)
+            self.anonymous = max(self.anonymous, anonymous_bytes(pid))
             times = Path(f"/proc/{pid}/stat").read_text("ascii", errors="replace").rpartition(")")[2].split()
             seconds += (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
         self._times.append(time.time())

@@ -31,9 +31,11 @@ import os
 import shutil
 import statistics
 import tempfile
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ class Measured:
     """One training: real tokens/s of all ranks, and of each processor; peak bytes of the largest rank; held-out loss."""
 
     tokens_per_second: float
-    tokens_per_processor_second: float
+    tokens_per_processor: float
     peak_bytes: int
     loss: float
     tokens: int
@@ -93,25 +95,24 @@ def run(trials: int | None, seed: int) -> Outcome:
         return Outcome([], 0)
     rounds = trials or 2
     load = os.getloadavg()[0]
-    rows = []
+    found: dict[str, dict[str, list[Measured]]] = {kind: {} for kind in MUSTS}
     with tempfile.TemporaryDirectory(prefix="dsgpt-peer-") as name:
         folder = Path(name)
         # In a process of its own: a rank starts with what this one holds.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
             pool.submit(_prepare, folder, seed).result()
-            for kind in MUSTS:
-                found: dict[str, list[Measured]] = {side: [] for side in (*PEERS, *OURS)}
-                for number in range(rounds):
-                    for place, side in enumerate(found):
-                        one = _train(folder, kind, side, seed + 100 * place + number, pool)
-                        found[side].append(one)
-                        print(
-                            f"{kind:9} {side:9} {one.tokens_per_second:6.0f} tokens/s "
-                            f"({one.tokens_per_processor_second:.0f} a processor) {one.peak_bytes / 2**20:5.0f} MiB "
-                            f"loss {one.loss:.4f} after {one.tokens:,} tokens, load {os.getloadavg()[0]:.0f}",
-                            flush=True,
-                        )
-                rows += _rows(kind, found)
+            sides = [(kind, place, side) for kind in MUSTS for place, side in enumerate((*PEERS, *OURS))]
+            for number in range(rounds):
+                for kind, place, side in sides:
+                    one = _train(folder, kind, side, seed + 100 * place + number, pool)
+                    found[kind].setdefault(side, []).append(one)
+                    print(
+                        f"{kind:9} {side:9} {one.tokens_per_second:6.0f} tokens/s ({one.tokens_per_processor:.0f} a "
+                        f"processor) {one.peak_bytes / 2**20:5.0f} MiB loss {one.loss:.4f} after {one.tokens:,} tokens, "
+                        f"load {os.getloadavg()[0]:.0f}",
+                        flush=True,
+                    )
+    rows = [row for kind in MUSTS for row in _rows(kind, found[kind])]
     rows.append(Row("load average before", load, note=f"{os.cpu_count()} CPUs; others at work blur every figure"))
     return Outcome(rows, rounds)
 
@@ -294,50 +295,41 @@ def _heldout_loss(model_folder: Path, conversations: Path) -> float:
 
 
 def _rows(kind: str, found: dict[str, list[Measured]]) -> list[Row]:
-    """The four musts of a set, and the same of transformers' model under dsgpt as context."""
-    rounds = range(len(found["dsgpt"]))
-    best = [max(found[side][i].tokens_per_second for side in PEERS if side != "default") for i in rounds]
-    default = [one.tokens_per_second for one in found["default"]]
-    smallest = [min(found[side][i].peak_bytes for side in PEERS) for i in rounds]
-    speeds = _medians(found, lambda one: one.tokens_per_second)
-    peaks = _medians(found, lambda one: one.peak_bytes / 2**20)
+    """The four musts of a set; as context the same in processor time, and of transformers' model under dsgpt."""
 
-    def ratios(values: list[float], to: list[float]) -> tuple[float, str]:
-        each = [value / other for value, other in zip(values, to, strict=True)]
+    def over(side: str, peers: Iterable[str], value: Callable[[Measured], float], best: Any = max) -> tuple[float, str]:
+        """Median of the rounds, and their spread, of a side's value over the best of the peers'."""
+        rivals = [best(value(one) for one in runs) for runs in zip(*(found[peer] for peer in peers), strict=True)]
+        each = [value(one) / rival for one, rival in zip(found[side], rivals, strict=True)]
         return round(statistics.median(each), 3), f"{min(each):.2f} to {max(each):.2f}"
 
+    speed, processor, size = (
+        attrgetter("tokens_per_second"),
+        attrgetter("tokens_per_processor"),
+        attrgetter("peak_bytes"),
+    )
+    documented = [peer for peer in PEERS if peer != "default"]
+    ratios: list[tuple[str, Any, dict[str, float]]] = [
+        ("real tokens/s over default", (["default"], speed), {"at_least": MUSTS[kind]}),
+        ("real tokens/s over the best other mode", (documented, speed), {"at_least": 1.05}),
+        ("tokens per processor second over default", (["default"], processor), {}),
+        ("tokens per processor second over the best other mode", (documented, processor), {}),
+        ("peak memory over default", (["default"], size), {"at_most": 0.8}),
+        ("peak memory over the smallest mode", (PEERS, size, min), {}),
+    ]
     rows = []
     for side in OURS:
-        must = side == "dsgpt"
-        rates = [one.tokens_per_second for one in found[side]]
-        memory = [float(one.peak_bytes) for one in found[side]]
-        against, spread = ratios(rates, default)
-        note = f"{spread}; medians: {speeds}" if must else spread
-        rows.append(
-            Row(f"{kind}: {side}, real tokens/s over default", against, "x", None, MUSTS[kind] if must else None, note)
-        )
-        against, spread = ratios(rates, best)
-        rows.append(Row(f"{kind}: {side}, ... over the best mode", against, "x", None, 1.05 if must else None, spread))
-        against, spread = ratios(memory, [float(one.peak_bytes) for one in found["default"]])
-        note = f"{spread}; medians, MiB: {peaks}" if must else spread
-        rows.append(Row(f"{kind}: {side}, peak memory over default", against, "x", 0.8 if must else None, None, note))
-        against, spread = ratios(memory, [float(size) for size in smallest])
-        rows.append(Row(f"{kind}: {side}, ... over the smallest mode", against, "x", note=spread))
+        for label, to, must in ratios:
+            ratio, spread = over(side, *to)
+            # A must is of what users get unless they ask for the other.
+            rows.append(Row(f"{kind}: {side}, {label}", ratio, "x", **(must if side == "dsgpt" else {}), note=spread))
+    for label, value in (("tokens/s", speed), ("tokens per processor second", processor), ("MiB", size)):
+        unit = 2**20 if value is size else 1
+        medians = {side: statistics.median(map(value, runs)) / unit for side, runs in found.items()}
+        print(f"{kind}, medians, {label}: " + ", ".join(f"{side} {median:.0f}" for side, median in medians.items()))
     theirs = [one.loss for side in SAME_MATHEMATICS for one in found[side]]
     ours = [one.loss for side in OURS for one in found[side]]
-    noise = max(theirs) - min(theirs)
-    rows.append(
-        Row(
-            f"{kind}: held-out loss less the peer's",
-            round(statistics.median(ours) - statistics.median(theirs), 4),
-            "nats",
-            at_most=round(noise, 4),
-            note=f"must: the peer's own spread; ours {min(ours):.4f} to {max(ours):.4f}, theirs {min(theirs):.4f} to "
-            f"{max(theirs):.4f}",
-        )
-    )
-    return rows
-
-
-def _medians(found: dict[str, list[Measured]], value: Any) -> str:
-    return ", ".join(f"{side} {statistics.median(map(value, runs)):.0f}" for side, runs in found.items())
+    difference, noise = statistics.median(ours) - statistics.median(theirs), max(theirs) - min(theirs)
+    note = f"their own spread is the must; ours {min(ours):.4f} to {max(ours):.4f}, theirs {min(theirs):.4f} to "
+    note += f"{max(theirs):.4f}"
+    return [*rows, Row(f"{kind}: held-out loss less theirs", difference, "nats", at_most=noise, note=note)]
