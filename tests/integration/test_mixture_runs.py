@@ -236,15 +236,15 @@ def test_chats_and_text_are_mixed_and_a_stop_changes_nothing(write_run, tmp_path
     answers = ["yes", "no, as errors.py says", "the exit code is 65"]
     rows = [{"prompt": f"What about {i}?", "completion": answers[i % 3] + " ." * (i % 7)} for i in range(120)]
     (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    made = prepare_chat([tmp_path / "qa.jsonl"], dataset / "tokenizer", tmp_path / "qa", ChatChoices(seq_length=96))
+    made = prepare_chat([tmp_path / "qa.jsonl"], dataset / "tokenizer", tmp_path / "qa", ChatChoices(seq_length=128))
     assert made.splits["train"].documents == 120
     mixed = sources((tmp_path / "qa", 0.5), (dataset, 0.5))
-    settings = {"training.max_steps": 8, "data.train": mixed, "training.seq_length": 96}
+    settings = {"training.max_steps": 8, "data.train": mixed, "training.seq_length": 128}
     straight, stopped = write_run("straight", **settings), write_run("stopped", **settings)
     assert ranks(2).run(train_here, straight, [], 0, "a") == [8, 8]
     assert "stopped at step 3 of 8" in ranks(2).run(train_here, stopped, [], 3, "b1")[0]
     assert ranks(2).run(train_here, stopped, [], 0, "b2") == [8, 8]
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
-    chats, text = open_chat(tmp_path / "qa", "train", 96), BlockDataset(dataset, "train", 96)
+    chats, text = open_chat(tmp_path / "qa", "train", 128), BlockDataset(dataset, "train", 128)
     stream = MixtureStream([chats, text], [Segment(0, share_slots([0.5, 0.5]))], 5)
     assert crcs(tmp_path / "straight") == {step + 1: expected_crc(stream, step, 2) for step in range(8)}
