@@ -43,6 +43,8 @@ FAILURES_COUNT_FOR_SECONDS = 7 * 86400.0  # a node is repaired one day
 _TASK_ENDED = re.compile(
     rb"srun: error: (\S+): tasks? (\d+)[\d,-]*: (?!Terminated)(?:Exited with exit code (\d+))?(.*)"
 )
+# A node is lost, or does not answer: SLURM ends the ranks of the others, and judges the node itself.
+_NODE_LOST = (b"srun: error: Node failure", b"srun: error: Task launch for", b"srun: error: Application launch failed")
 _ASKED = b"User defined signal"  # USR1 or USR2, which a rank heeds as soon as python runs our code
 _CODES_OF_RANKS = [code for code in ExitCode if code > ExitCode.USAGE]  # 1 and 2: a python that cannot start
 SHOWN_CAUSES = ("rank_died", "hang", "infrastructure")
@@ -245,6 +247,8 @@ def first_failed_task(log_dir: Path, record: slurm.JobRecord | None) -> tuple[in
         with Path(record.fields["StdOut"] if record else "").open("rb") as file:
             file.seek(began)
             for line in file:
+                if line.startswith(_NODE_LOST):
+                    return None
                 if match := _TASK_ENDED.match(line):
                     host, told = match[1].decode(), match[3] and int(match[3]) in _CODES_OF_RANKS
                     if told or "[" in host:  # several hosts at once: nobody first

@@ -214,6 +214,24 @@ def test_a_rank_that_a_warning_ended_before_it_could_listen_was_asked_to_stop(jo
         assert read_verdict(log_dir).exit_code == 75
 
 
+def test_the_ranks_of_other_nodes_are_not_blamed_where_a_node_does_not_answer(job, tmp_path, write_run):
+    """As a real SLURM 22.05 told of node2 without power: once the job is on its nodes again, they would be excluded."""
+    log = tmp_path / "job.log"
+    record = RUNNING.replace("/home/a b/out.log", str(log))
+    for _ in range(2):
+        log_dir = Path(value(prepare(write_run(), record=record), "DSGPT_LOG_DIR"))
+        with log.open("a", encoding="utf-8") as file:
+            file.write(
+                "srun: error: Task launch for StepId=36.0 failed on node node2: Communication connection failure\n"
+                "srun: error: Application launch failed: Communication connection failure\n"
+                "srun: Job step aborted: Waiting up to 7 seconds for job step to finish.\n"
+                "0: slurmstepd-node1: error: *** STEP 36.0 ON node1 CANCELLED AT 2026-11-27T01:10:35 ***\n"
+                "srun: error: node1: task 0: Killed\n"
+            )
+        lines = list(slurm_job.decide(log_dir, record, []))
+        assert lines[-1] == "requeue" and not any(line.startswith("exclude") for line in lines)
+
+
 def test_a_host_that_fails_first_twice_is_excluded_and_most_are_not(job, tmp_path, write_run):
     """T614."""
     write = {"rank": 1, "host": "node2"}
