@@ -109,6 +109,13 @@ def test_the_loss_and_its_gradients_are_those_of_the_plain_formula_and_no_logits
         assert (mine - theirs).norm() / theirs.norm() < 1e-6
 
 
+def test_a_micro_batch_without_targets_has_no_loss_and_gradients_of_zero():
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    loss = chunked_cross_entropy(hidden, weight, torch.full((6,), IGNORE_INDEX))
+    loss.backward()
+    assert float(loss) == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
 def test_gradients_of_the_loss_survive_fp16_until_the_loss_scale_comes():
     """4000 tokens that are all one word: its summed gradient is too large for fp16, and the divided one is not."""
     hidden, weight = torch.full((4000, 8), 40.0).half(), torch.zeros(50, 8).half()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dsgpt.config import Dropout, ModelConfig
 from dsgpt.generate import Sampling, generate_ids
 from dsgpt.model import functional
-from dsgpt.model.gpt import GPT, KeyValueCache
+from dsgpt.model.gpt import GPT, KeyValueCache, document_lengths
 from dsgpt.model.recompute import apply_activation_checkpointing
 
 BASE = {
@@ -74,6 +74,11 @@ def test_packed_documents_compute_what_they_compute_alone(kind):
         torch.testing.assert_close(packed[:, :cut], model(ids[:, :cut]), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(packed[:, cut:], model(ids[:, cut:]), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(packed[:, cut:], model(ids)[:, cut:], atol=1e-2)
+
+
+def test_a_document_ends_with_its_row_and_padding_is_one():
+    documents = torch.tensor([[0, 0, 1, 1], [1, 2, 2, -1], [0, 0, 0, 0]])
+    assert document_lengths(documents) == [2, 2, 1, 2, 1, 4]
 
 
 @pytest.mark.parametrize("kind", KINDS)
