@@ -72,8 +72,8 @@ def test_a_killed_and_resumed_run_is_told_to_be_bit_identical_and_the_runs_own_f
 
 FORGETFUL = (
     "checkpoint/store.py",
-    "reader.read(fragment.name, kind, fragment.start, fragment.numel),",
-    "reader.read(fragment.name, kind, fragment.start, fragment.numel) * (kind != 'exp_avg_sq'),",
+    "return reader.read(fragment.name, kind, fragment.start, fragment.numel)\n",
+    "return reader.read(fragment.name, kind, fragment.start, fragment.numel) * (kind != 'exp_avg_sq')\n",
 )
 
 
