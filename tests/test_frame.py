@@ -83,6 +83,7 @@ def test_a_row_without_a_must_always_holds() -> None:
     assert Outcome([], 0).rows == []
 
 
+@pytest.mark.slow
 def test_the_commit_protocol_survives_kills_at_random_instants(tmp_path: Path) -> None:
     """T103: 500 of the 5,000 kills of `python -m tests.faults protocol`."""
     rounds, broken = protocol.random_instants(tmp_path / "checkpoints", kills=500, seed=1)

@@ -87,6 +87,7 @@ def test_train_and_submit_refuse_what_is_not_on_the_disk_and_download_nothing(hu
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_model_in_the_cache_and_evaluate_reads_it(hub, cached, tiny, dataset, write_run):
     home = cached(*names_of(tiny))
     yaml = write_run(**{"training.max_steps": 1, "optimizer.learning_rate": 1e-12, "optimizer.warmup_steps": 0})
