@@ -23,7 +23,7 @@ from tests.frame import Outcome, Row
 from tests.pool import close_all, ranks
 
 STAGES, WAYS = (1, 2, 3), ("all", "last_blocks")
-VOCABULARY, LENGTH, MICRO, GLOBAL = 1024, 256, 4, 8
+VOCABULARY, LENGTH, MICRO, GLOBAL = 1024, 256, 8, 16
 MODEL = {
     "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": VOCABULARY,
     "max_position_embeddings": LENGTH, "tie_word_embeddings": False,
