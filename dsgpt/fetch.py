@@ -25,11 +25,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from dsgpt.errors import ConfigError, DataError, LockedError
-from dsgpt.hub import WEIGHTS, RemoteFile, download, list_files
+from dsgpt.hub import LICENCE_FILES, WEIGHTS, RemoteFile, download, list_files
 from dsgpt.units import format_bytes
 
 RECORD = "fetched.json"
-_ABOUT = ("README*", "LICEN[CS]E*", "NOTICE*", "*USE_POLICY*")
+_ABOUT = ("README*", *LICENCE_FILES)
 # Configs, tokenizers of all kinds, chat templates.
 _BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", *_ABOUT)
 _PACKABLE = ("txt", "jsonl", "json", "csv", "tsv")

@@ -25,6 +25,8 @@ WEIGHTS = (
     ("model.safetensors", "model-*-of-*.safetensors"),
     ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
 )
+# What says under which terms a model or a data set may be used, by the names it usually has.
+LICENCE_FILES = ("LICEN[CS]E*", "NOTICE*", "*USE_POLICY*")
 _KINDS = {"hf": "model", "dataset": "dataset"}
 _TIMEOUT_SECONDS = 30
 

@@ -12,6 +12,7 @@ parameters below stage 3).
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -224,12 +225,15 @@ class PartitionedState:
 
         Not what it computes anew whenever it is built.
         """
-        computed = {
+        return {name: value for name, value in self.module.named_buffers() if name not in self._computed_buffers}
+
+    @functools.cached_property
+    def _computed_buffers(self) -> set[str]:
+        return {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in self.module.named_modules()
             for name in module._non_persistent_buffers_set
         }
-        return {name: value for name, value in self.module.named_buffers() if name not in computed}
 
     def _copy_buffers(self) -> dict[str, Tensor]:
         return {name: buffer.clone() for name, buffer in self.buffers().items()}

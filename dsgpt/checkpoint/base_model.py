@@ -20,10 +20,9 @@ from dsgpt.checkpoint import commit
 from dsgpt.checkpoint.locate import locate_checkpoint, run_of
 from dsgpt.config.model import described_folder
 from dsgpt.errors import CheckpointError
-from dsgpt.hub import locate_hf
+from dsgpt.hub import LICENCE_FILES, locate_hf
 
 FOLDER, RECORD = "base_model", "base.json"
-LICENCE_FILES = ("LICEN[CS]E*", "NOTICE*", "*USE_POLICY*")
 _KEPT = ("config.json", "generation_config.json", "fetched.json", "README.md", *LICENCE_FILES)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The first words of licences by their names on the hub.

@@ -7,7 +7,6 @@ Torch-free.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -130,19 +129,11 @@ def _what_was_trained(facts: Facts) -> str:
         return f"{kind} adapters of rank {lora['rank']}, alpha {lora['alpha']:g}, beside the linear layers: {layers}"
     texts = {
         "all": "everything",
-        "last_blocks": f"the last {_num_last_blocks(facts)} blocks, final norm and head",
+        "last_blocks": f"the last {facts.manifest.get('num_last_blocks')} blocks, final norm and head",
         "patterns": f"parameters named {', '.join(settings.get('patterns') or ())}",
     }
     more = ", ".join(f"{blocks} from step {step}" for step, blocks in (settings.get("unfreeze_at") or {}).items())
     return texts.get(settings.get("train", ""), "not recorded") + (f"; last blocks: {more}" if more else "")
-
-
-def _num_last_blocks(facts: Facts) -> Any:
-    number = facts.section("fine_tuning").get("num_last_blocks")
-    if number == "auto":
-        record = run_of(facts.checkpoint) / "num_last_blocks.json"
-        return json.loads(record.read_text("utf-8"))["num_last_blocks"] if record.exists() else number
-    return number
 
 
 def _sources(facts: Facts) -> list[tuple[str, str, str]]:

@@ -106,6 +106,10 @@ class Saver:
         self._memory: mmap.mmap | None = None
         self._writer: WriterProcess | None = None
 
+    def for_engine(self, engine: Engine) -> Saver:
+        """One like this for another engine of the run; close this one first."""
+        return Saver(engine, self.world, self.checkpoints_dir, self.guard, self.asynchronous, self.patience_seconds)
+
     def begin(self, manifest: Mapping[str, Any], attempt: str, wait: bool = False) -> None:
         """Take the state of this moment; with `wait`, or synchronously, it is written on return. Raises SaveError.
 

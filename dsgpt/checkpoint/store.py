@@ -27,11 +27,11 @@ from dsgpt.partitioned import Fragment
 VISIBLE_SECONDS = 30.0
 
 
-def load_state(engine: Engine, reader: CheckpointReader, late: Mapping[str, int] | None = None) -> list[str]:
+def load_state(engine: Engine, reader: CheckpointReader, late: Mapping[str, int] | None = None) -> None:
     """Restore masters, moments and the optimizer's step count from a checkpoint, in place.
 
-    Returns the names of what is trained now and was frozen there: its moments begin at zero. What is frozen now and was
-    trained there keeps its value. `late` as in `Engine.load`. Raises CheckpointError when its parameters are not the
+    Moments of what is trained now and was frozen there begin at zero; what is frozen now and was trained there keeps its
+    value. `late` as in `Engine.load`. Raises CheckpointError when its parameters are not the
     model's, before anything is changed.
     """
     ours: dict[str, tuple[int, ...]] = dict(engine.parameter_shapes())
@@ -66,7 +66,6 @@ def load_state(engine: Engine, reader: CheckpointReader, late: Mapping[str, int]
 
     engine.load(read, engine.state_kinds, reader.manifest["counters"]["optimizer_steps"], late)
     engine.load_buffers(values)
-    return sorted(thawed)
 
 
 def _read_buffers(reader: CheckpointReader, world: World) -> dict[str, Tensor]:

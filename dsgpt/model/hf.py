@@ -42,8 +42,6 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len"),
 }
-
-
 # What architectures call the dropout after the embeddings, of attention weights, and of what a block adds.
 _DROPOUTS = {
     "embedding": ("embd_pdrop", "embed_dropout", "embedding_dropout"),
@@ -136,7 +134,7 @@ def import_architecture(config: HFModelConfig) -> None:
     """Its module of transformers, which else is imported when the model is built."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers_config(config))]
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers_config(config))]  # looking it up imports it
 
 
 def build_hf(config: HFModelConfig) -> nn.Module:
@@ -270,7 +268,7 @@ def names_in_folder(config: HFModelConfig, given: Collection[str]) -> dict[str, 
     """
     model = skeleton(config)
     renamings, converters = _renamings(model)
-    theirs = {apply(renamings, name): name for name in given}
+    theirs = {_renamed(renamings, name): name for name in given}
     converted = sorted(name for name in theirs if any(one.rename_source_key(name)[1] is not None for one in converters))
     if converted:
         raise ConfigError(
@@ -286,7 +284,7 @@ def names_in_folder(config: HFModelConfig, given: Collection[str]) -> dict[str, 
                 break
         else:
             problems.append(Problem("tensor missing from the folder", seen=name))
-    left = theirs.keys() - {apply(renamings, one) for one in found.values()} - set(model.all_tied_weights_keys)
+    left = theirs.keys() - {_renamed(renamings, one) for one in found.values()} - set(model.all_tied_weights_keys)
     problems += [
         Problem("tensor the model has no place for", seen=name) for name in sorted(left) if not name.endswith(_COMPUTED)
     ]
@@ -299,7 +297,7 @@ def names_to_save(config: HFModelConfig) -> dict[str, str]:
     """The model's name of every tensor -> the name that it has in a folder of transformers."""
     model = skeleton(config)
     back = [one.reverse_transform() for one in reversed(_renamings(model)[0])]
-    return {name: apply(back, name) for name in _needed(model)}
+    return {name: _renamed(back, name) for name in _needed(model)}
 
 
 def _renamings(model: Any) -> tuple[list[Any], list[Any]]:
@@ -312,7 +310,7 @@ def _renamings(model: Any) -> tuple[list[Any], list[Any]]:
     return [one for one in rules if one not in converters], converters
 
 
-def apply(renamings: Iterable[Any], name: str) -> str:
+def _renamed(renamings: Iterable[Any], name: str) -> str:
     for one in renamings:
         name = one.rename_source_key(name)[0]
     return name

@@ -15,6 +15,7 @@ for new rows, the tensor whose mean they are.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -26,7 +27,7 @@ from dsgpt.model.hf_format import Part, take_part
 MEAN_ELEMENTS = 4 << 20  # of a tensor that are in memory at a time while its mean row is computed: 16 MiB
 
 
-class TensorReader:
+class TensorReader(ABC):
     """Tensors by name. `shapes` says which; `bytes_read` counts what was read from storage, 0 where nobody knows."""
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -35,9 +36,9 @@ class TensorReader:
     def bytes_read(self) -> int:
         return 0
 
+    @abstractmethod
     def read(self, name: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of the flattened tensor, fp32, one-dimensional. Raises KeyError."""
-        raise NotImplementedError
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor in its shape, fp32."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from dsgpt.model.trainable import Parts, first_trained_block, freeze, plan_train
 from dsgpt.optimizer import build_optimizer
 from dsgpt.train.resolve import ResolvedRun
 from dsgpt.train.state import RunLog
+from dsgpt.train.step import largest_micro_batch
+from dsgpt.units import format_bytes
 
 if TYPE_CHECKING:
     from dsgpt.train.loop import Run
@@ -51,6 +53,19 @@ def build_engine(plan: ResolvedRun, world: World, log: RunLog, step: int, num_la
     return Engine(model, build_optimizer(model, config.optimizer, trained), plan.deepspeed, world)
 
 
+def rehearse(run: Run) -> None:
+    """Run the largest step there can be once, before anything is read into the engine."""
+    training = run.plan.config.training
+    run.enter("rehearse", 3)
+    run.log.event("rehearsing", "running the largest possible step once, to see that it fits")
+    batch = largest_micro_batch(
+        run.plan.model.vocab_size, training.seq_length, training.micro_batch_size_per_gpu, run.world.device
+    )
+    run.engine.rehearse(batch)
+    peak = run.world.max(run.engine.peak_memory_bytes())[0]
+    run.log.event("rehearsed", f"it fits: peak memory {format_bytes(peak)} per rank", peak_memory_bytes=peak)
+
+
 def _adapted(plan: ResolvedRun) -> nn.Module:
     model, settings = build_model(plan.model), plan.config.fine_tuning
     if settings.train == "lora":
@@ -59,7 +74,7 @@ def _adapted(plan: ResolvedRun) -> nn.Module:
     return model
 
 
-def _constants(plan: ResolvedRun):
+def _constants(plan: ResolvedRun) -> Callable[[], Mapping[str, Tensor]] | None:
     model = plan.model
     if not isinstance(model, HFModelConfig):
         return None
@@ -93,7 +108,7 @@ def late_steps(run: Run) -> dict[str, int]:
         return {}
     names = [*run.engine.parameter_shapes(), *run.engine.frozen_shapes()]
     parts = Parts.of(run.engine.module, run.plan.model.num_hidden_layers)
-    plan = plan_training(names, run.plan.config.fine_tuning, parts, run.num_last_blocks, run.state.step)
+    plan = plan_training(names, run.plan.config.fine_tuning, parts, run.num_last_blocks or 1, run.state.step)
     steps = run.state.optimizer_steps
     return {name: steps - run.unfrozen[one.stage - 1] for name, one in plan.items() if one and one.stage}
 

@@ -21,7 +21,7 @@ from dsgpt.engine import Engine
 from dsgpt.errors import ConfigError, NumericalError
 from dsgpt.optimizer import learning_rate
 from dsgpt.process import StopRequest
-from dsgpt.train.build import build_engine
+from dsgpt.train.build import build_engine, rehearse
 from dsgpt.train.folder import forecast_space, prepare_folder, write_resolved
 from dsgpt.train.initial import read_weights
 from dsgpt.train.left_out import LeftOutSteps
@@ -32,10 +32,10 @@ from dsgpt.train.save import Controls, finish_save, save
 from dsgpt.train.spikes import MAX_ROLLBACKS_IN_A_ROW, LossSpikes
 from dsgpt.train.startup import examine_nodes, tell_startup
 from dsgpt.train.state import RunLog, TrainState
-from dsgpt.train.step import StepLoader, StepReport, Wishes, largest_micro_batch, train_step
+from dsgpt.train.step import StepLoader, StepReport, Wishes, train_step
 from dsgpt.train.stopping import ended, is_agreed, leave_start, wishes
 from dsgpt.train.time_limit import TimeLimit
-from dsgpt.train.unfreezing import choose_last_blocks, engine_fits, num_last_blocks, rebuild, unfreeze
+from dsgpt.train.unfreezing import engine_fits, measure_last_blocks, num_last_blocks, rebuild, unfreeze
 from dsgpt.train.validation import evaluate
 from dsgpt.units import format_bytes, format_count, format_seconds
 from dsgpt.watchdog import Heartbeat
@@ -64,7 +64,7 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)
     learning_rate: float | None = None  # of the last step
     evaluated: tuple[int, dict[str, Any]] | None = None  # step and result of the last evaluation
-    num_last_blocks: int = 0  # fine_tuning.num_last_blocks, measured where that is auto
+    num_last_blocks: int | None = None  # fine_tuning.num_last_blocks; None until it is measured, where that is auto
     stage: int = 0  # how many unfreezings the engine was built with
     unfrozen: list[int] = field(default_factory=list)  # optimizer steps taken before each unfreezing
 
@@ -122,11 +122,11 @@ def train(
         run.enter("read the checkpoint", 3)
         restore(run, continuation)
         if not engine_fits(run):  # an older checkpoint than was looked for, from before an unfreezing
-            rebuild(run)
+            rebuild(run, last_good(run))
     elif plan.config.model.init_from != "scratch":
         read_weights(run)
-        if plan.config.fine_tuning.num_last_blocks == "auto" and choose_last_blocks(run):
-            rebuild(run, from_initial=True)
+    if plan.config.fine_tuning.train == "last_blocks" and run.num_last_blocks is None:
+        measure_last_blocks(run, continuation if continuation.checkpoint else None)
     write_resolved(plan, world, log, changes, nodes)
     if run.state.step >= plan.last_step:
         _end_at_once(run, continuation.forked)
@@ -175,8 +175,8 @@ def _build(
     log.event("building_model")
     heartbeat.phase("build the model", 0, 3 * config.run.hang_timeout_seconds)
     step = continuation.step
-    blocks = num_last_blocks(plan, world)
-    engine = build_engine(plan, world, log, step, blocks)
+    blocks = num_last_blocks(plan, continuation.checkpoint)
+    engine = build_engine(plan, world, log, step, blocks or 1)
     spikes = LossSpikes(config.training.loss_spike)
     spikes.skipped = world.broadcast_object(LossSpikes.read(plan.output_dir) if world.is_main else None)
     controls = Controls(plan.output_dir, enabled=world.is_main)
@@ -188,18 +188,6 @@ def _build(
     )
     run.num_last_blocks, run.stage = blocks, config.fine_tuning.stage_at(step)
     return run
-
-
-def rehearse(run: Run) -> None:
-    training = run.plan.config.training
-    run.enter("rehearse", 3)
-    run.log.event("rehearsing", "running the largest possible step once, to see that it fits")
-    batch = largest_micro_batch(
-        run.plan.model.vocab_size, training.seq_length, training.micro_batch_size_per_gpu, run.world.device
-    )
-    run.engine.rehearse(batch)
-    peak = run.world.max(run.engine.peak_memory_bytes())[0]
-    run.log.event("rehearsed", f"it fits: peak memory {format_bytes(peak)} per rank", peak_memory_bytes=peak)
 
 
 def _run_steps(run: Run) -> None:
@@ -315,7 +303,7 @@ def _answer_spike(run: Run, report: StepReport, start: int, samples: Sequence[in
     run.enter("read the checkpoint", 3)
     restore(run, last_good(run))
     if not engine_fits(run):
-        rebuild(run)
+        rebuild(run, last_good(run))
     return True
 
 

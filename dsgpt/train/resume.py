@@ -240,12 +240,10 @@ def _restore(run: Run, continuation: Continuation) -> None:
     run.unfrozen = run.plan.config.fine_tuning.counted_unfreezings(
         reader.manifest.get("unfrozen", []), run.state.step, run.state.optimizer_steps
     )
-    thawed = load_state(run.engine, reader, late_steps(run))
+    load_state(run.engine, reader, late_steps(run))
     run.saver.continue_from(reader.path, reader.manifest)
     check_model(run.engine, run.plan)
-    if thawed:
-        shown = ", ".join(thawed[:3]) + (f" and {len(thawed) - 3} more" if len(thawed) > 3 else "")
-        run.log.event("thawed", f"trained from here on, with moments of zero: {shown}", parameters=len(thawed))
+    _tell_what_changed_sides(run, reader)
     if reader.manifest.get("loss_scale"):
         run.engine.loss_scale = reader.manifest["loss_scale"]
     elif run.engine.loss_scale:
@@ -264,6 +262,19 @@ def _restore(run: Run, continuation: Continuation) -> None:
             text += f"; model.init_from={run.plan.config.model.init_from} is ignored"
     run.log.event("resumed", text, step=run.state.step)
     run.log.supersede(run.state.step)
+
+
+def _tell_what_changed_sides(run: Run, reader: CheckpointReader) -> None:
+    """Between what is trained and what is frozen, since the checkpoint was written."""
+    thawed = sorted(reader.frozen.keys() & run.engine.parameter_shapes().keys())
+    frozen = sorted(reader.parameters.keys() & run.engine.frozen_shapes().keys())
+    for event, names, text in (
+        ("thawed", thawed, "trained from here on, with moments of zero"),
+        ("frozen", frozen, "warning: frozen from here on, though the checkpoint trained it"),
+    ):
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            run.log.event(event, f"{text}: {shown}", parameters=len(names))
 
 
 def _continue_order(run: Run, continuation: Continuation, manifest: dict[str, Any]) -> None:

@@ -142,6 +142,7 @@ def manifest(run: Run) -> dict[str, Any]:
         "data": data_identity(run.plan, run.stream.segments),
         "model": run.plan.model.model_dump(mode="json"),
         **({"lora": lora_manifest(run)} if run.plan.config.fine_tuning.train == "lora" else {}),
+        **({"num_last_blocks": run.num_last_blocks} if run.plan.config.fine_tuning.train == "last_blocks" else {}),
         **({"unfrozen": run.unfrozen} if run.unfrozen else {}),
         "state_kinds": list(run.engine.state_kinds),
         "world_size": run.world.size,

@@ -9,28 +9,23 @@ start of the engine for each unfreezing, and memory is never that of two engines
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from dsgpt.checkpoint.saver import Saver
-from dsgpt.distributed import World
-from dsgpt.train.build import build_engine
+from dsgpt.checkpoint import commit
+from dsgpt.train.build import build_engine, rehearse
 from dsgpt.train.initial import read_weights
 from dsgpt.train.last_blocks import choose
 from dsgpt.train.resolve import ResolvedRun
-from dsgpt.train.resume import last_good, restore
+from dsgpt.train.resume import Continuation, last_good, restore
 from dsgpt.train.save import save
-from dsgpt.train.state import write_atomically
 from dsgpt.train.validation import evaluate_sets
 
 if TYPE_CHECKING:
     from dsgpt.train.loop import Run
-
-CHOSEN = "num_last_blocks.json"
 
 
 def engine_fits(run: Run) -> bool:
@@ -41,57 +36,45 @@ def engine_fits(run: Run) -> bool:
 def unfreeze(run: Run) -> None:
     """Commit this step, and go on with an engine that trains what the next step is to train."""
     save(run, required=True)
-    rebuild(run)
+    rebuild(run, last_good(run))
     run.log.event("unfrozen", step=run.state.step, stage=run.stage)
 
 
-def rebuild(run: Run, from_initial: bool = False) -> None:
-    """Build the engine anew for this step, and read the newest checkpoint, or the initial weights, into it."""
-    from dsgpt.train.loop import rehearse
-
-    plan, saver = run.plan, run.saver
+def rebuild(run: Run, source: Continuation | None) -> None:
+    """Build the engine anew for this step, and read a checkpoint into it, or without one the initial weights."""
     run.enter("build the model", 3)
-    saver.close()
+    run.saver.close()
     run.engine.close()
     gc.collect()
     if run.world.device.type == "cuda":
         torch.cuda.empty_cache()
-    run.engine = build_engine(plan, run.world, run.log, run.state.step, run.num_last_blocks)
-    run.stage = plan.config.fine_tuning.stage_at(run.state.step)
-    run.saver = Saver(
-        run.engine, run.world, saver.checkpoints_dir, saver.guard, saver.asynchronous, saver.patience_seconds
-    )
+    run.engine = build_engine(run.plan, run.world, run.log, run.state.step, run.num_last_blocks or 1)
+    run.stage = run.plan.config.fine_tuning.stage_at(run.state.step)
+    run.saver = run.saver.for_engine(run.engine)
     rehearse(run)
-    if from_initial:
+    if source is None:
         read_weights(run)
     else:
         run.enter("read the checkpoint", 3)
-        restore(run, replace(last_good(run), older=()))
+        restore(run, replace(source, older=()))
 
 
-def num_last_blocks(plan: ResolvedRun, world: World) -> int:
-    """As written, or as it was measured for this run; before that 1, which any model has. A collective."""
+def num_last_blocks(plan: ResolvedRun, checkpoint: Path | None) -> int | None:
+    """As written, or where that is auto as it was measured for the run of this checkpoint; None where it was not yet."""
     blocks = plan.config.fine_tuning.num_last_blocks
     if blocks != "auto":
         return blocks
-    found = None
-    if world.is_main and (plan.output_dir / CHOSEN).exists():
-        found = json.loads((plan.output_dir / CHOSEN).read_text("utf-8"))["num_last_blocks"]
-    return int(world.broadcast_object(found) or 1)
+    return commit.read_manifest(checkpoint).get("num_last_blocks") if checkpoint else None
 
 
-def choose_last_blocks(run: Run) -> bool:
-    """Measure how many of the last blocks to train, tell the rule, and keep the answer with the run.
+def measure_last_blocks(run: Run, source: Continuation | None) -> None:
+    """Choose how many of the last blocks to train, tell the rule, and go on with an engine that trains them.
 
-    Returns whether the engine must be built anew. The untouched weights must be loaded.
+    The weights from `source`, or the initial ones, must be loaded: they are what is measured. Every checkpoint has the
+    answer.
     """
-    path: Path = run.plan.output_dir / CHOSEN
-    if run.world.broadcast_object(path.exists() if run.world.is_main else None):
-        return False
     run.log.event("measuring", "measuring the untouched model, to choose how many of its last blocks to train")
     choice = choose(run.plan, {name: one.loss for name, one in evaluate_sets(run, may_stop=False).items()})
-    if run.world.is_main:
-        write_atomically(path, json.dumps(choice.as_dict(), indent=2) + "\n")
     run.log.event("num_last_blocks", choice.text, **choice.as_dict())
-    run.num_last_blocks, before = choice.num_last_blocks, run.num_last_blocks
-    return before != run.num_last_blocks
+    run.num_last_blocks = choice.num_last_blocks
+    rebuild(run, source)

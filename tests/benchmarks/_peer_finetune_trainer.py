@@ -16,18 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
+
+from tests.benchmarks._peer_trainer import begin
 
 
 class Conversations(torch.utils.data.Dataset):
@@ -68,12 +67,7 @@ class Clock(TrainerCallback):
 
 
 def main(path: str) -> None:
-    # Its shared-memory collectives would be compiled for a minute at the first start; training does not use them.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    job = json.loads(Path(path).read_text("utf-8"))
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    arguments = TrainingArguments(**job["arguments"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    job, arguments, model = begin(path)
     tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     collator = DataCollatorWithFlattening() if job["collator"] == "flattened" else DataCollatorForSeq2Seq(tokenizer)

@@ -46,14 +46,19 @@ class Clock(TrainerCallback):
             self.lines.append({"step": state.global_step, "time": time.time(), "loss": logs["loss"]})
 
 
-def main(path: str) -> None:
+def begin(path: str) -> tuple[dict[str, Any], TrainingArguments, Any]:
+    """The job, its arguments, and the model, with DeepSpeed started on this rank."""
     # Its shared-memory collectives would be compiled for a minute at the first start; training does not use them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     job = json.loads(Path(path).read_text("utf-8"))
     # On a machine without a GPU, TrainingArguments leaves this out, and loading a model for ZeRO-3 fails.
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     arguments = TrainingArguments(**job["arguments"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    return job, arguments, AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+
+
+def main(path: str) -> None:
+    job, arguments, model = begin(path)
     clock = Clock()
     Trainer(model, arguments, train_dataset=Samples(job["samples"]), callbacks=[clock]).train()
     if arguments.process_index == 0:

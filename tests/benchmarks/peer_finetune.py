@@ -50,6 +50,7 @@ from tests.benchmarks.peer_pretrain import (
     VOCAB_SIZE,
     WEIGHT_DECAY,
     ZERO_OF_THE_DOCS,
+    peer_arguments,
     write_model,
 )
 from tests.frame import Outcome, Row
@@ -229,30 +230,12 @@ def _export(run_folder: Path, output: Path) -> None:
 
 
 def _train_peer(folder: Path, kind: str, side: str, seed: int, pool: ProcessPoolExecutor) -> Measured:
-    owned_by_trainer = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     output = folder / "run"
-    arguments = {
+    own = {
         "output_dir": str(output),
-        "use_cpu": True,
-        "seed": seed,
-        "deepspeed": {
-            "zero_optimization": ZERO_OF_THE_DOCS[2],
-            "gradient_clipping": "auto",
-            **dict.fromkeys(owned_by_trainer, "auto"),
-        },
         "per_device_train_batch_size": CONVERSATIONS_PER_RANK,
         "num_train_epochs": 1,
         "max_steps": FLATTENED_STEPS if side == "flattened" else -1,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "adam_beta2": BETA2,
-        "weight_decay": WEIGHT_DECAY,
-        "max_grad_norm": 1.0,
-        "remove_unused_columns": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        **PEERS[side],
     }
     job = {
         "model": str(folder / "model"),
@@ -260,7 +243,7 @@ def _train_peer(folder: Path, kind: str, side: str, seed: int, pool: ProcessPool
         "conversations": str(folder / kind / "train.npz"),
         "collator": "flattened" if side == "flattened" else "padded",
         "output": str(output),
-        "arguments": arguments,
+        "arguments": peer_arguments(ZERO_OF_THE_DOCS[2], seed, **own, **PEERS[side]),
     }
     (folder / "peer.json").write_text(json.dumps(job), encoding="utf-8")
     module = "tests.benchmarks._peer_finetune_trainer"

@@ -209,32 +209,42 @@ def _train_best(folder: Path, stage: int, seed: int) -> Measured:
     return _train_peer(folder, {**ZERO_OF_THE_DOCS[stage], **_BEST_ZERO[stage]}, seed, _BEST_ARGUMENTS)
 
 
-def _train_peer(folder: Path, zero: dict[str, Any], seed: int, arguments: dict[str, Any]) -> Measured:
+def peer_arguments(zero: dict[str, Any], seed: int, **others: Any) -> dict[str, Any]:
+    """TrainingArguments of a peer on CPUs: the optimizer and schedule of both sides; `others` go before."""
     owned_by_trainer = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    deepspeed = {"zero_optimization": zero, "gradient_clipping": "auto", **dict.fromkeys(owned_by_trainer, "auto")}
     common = {
-        "output_dir": str(folder / "peer"),
         "use_cpu": True,
         "seed": seed,
-        "deepspeed": deepspeed,
-        "per_device_train_batch_size": MICRO_BATCH,
-        "max_steps": STEPS,
+        "deepspeed": {
+            "zero_optimization": zero,
+            "gradient_clipping": "auto",
+            **dict.fromkeys(owned_by_trainer, "auto"),
+        },
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "adam_beta2": BETA2,
         "weight_decay": WEIGHT_DECAY,
         "max_grad_norm": 1.0,
-        "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
     }
+    return common | others
+
+
+def _train_peer(folder: Path, zero: dict[str, Any], seed: int, arguments: dict[str, Any]) -> Measured:
+    own = {
+        "output_dir": str(folder / "peer"),
+        "per_device_train_batch_size": MICRO_BATCH,
+        "max_steps": STEPS,
+        "train_sampling_strategy": "sequential",
+    }
     job = {
         "model": str(folder / "model"),
         "samples": str(folder / "samples.npy"),
         "output": str(folder / "peer.jsonl"),
-        "arguments": {**common, **arguments},
+        "arguments": peer_arguments(zero, seed, **own, **arguments),
     }
     (folder / "peer.json").write_text(json.dumps(job), encoding="utf-8")
     peaks = run_ranks(["-m", "tests.benchmarks._peer_trainer", str(folder / "peer.json")], folder / "peer.log")

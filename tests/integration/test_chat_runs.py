@@ -17,7 +17,7 @@ from dsgpt.data.mixture import MixtureStream
 from dsgpt.train.order import first_segments
 from dsgpt.train.resolve import resolve_run
 from tests.integration.test_fine_tuning import SHORT
-from tests.integration.test_resume import hashes, metrics, train_here
+from tests.integration.test_resume import metrics, stop_changes_nothing, train_here
 from tests.integration.test_rewind import events
 from tests.pool import ranks
 
@@ -118,13 +118,7 @@ def test_noise_on_the_embeddings_changes_training_alone_and_resumes_bit_for_bit(
 ):
     pool = ranks(2)
     noisy = settings_of(hf_folder("mistral"), chats, dataset, neftune_alpha=5.0) | {"deepspeed": stage}
-    straight, stopped = write_run("straight", **noisy), write_run("stopped", **noisy)
-    assert pool.run(train_here, straight, [], 0, "a") == [STEPS, STEPS]
-    assert "stopped at step 2" in pool.run(train_here, stopped, [], 2, "b")[0]
-    assert pool.run(train_here, stopped, [], 0, "c") == [STEPS, STEPS]
-    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
-    last = f"checkpoints/step-{STEPS:08d}"
-    assert hashes(tmp_path / "stopped" / last) == hashes(tmp_path / "straight" / last)
+    stop_changes_nothing(write_run("straight", **noisy), write_run("stopped", **noisy), 2, STEPS)
     # Where a step changes nothing, evaluations are those of a run without noise, bit for bit; losses of steps are not.
     still = ["optimizer.learning_rate=1e-30", "optimizer.min_learning_rate=0", "optimizer.weight_decay=0"]
     for name, alpha in (("with", 5.0), ("without", 0.0)):

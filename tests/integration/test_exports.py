@@ -132,34 +132,32 @@ def test_an_export_holds_what_the_base_model_said_though_its_folder_is_gone(data
     assert str(tmp_path) not in card, "no path of this machine"
 
 
+SLOW = pytest.mark.slow
+QUICK_WAYS = {"llama": "lora", "qwen3": "dora", "gpt2": "unfreezing", "opt": "dora", "dsgpt": "lora"}
+
+
 @pytest.mark.parametrize(
-    "kind, way", [("llama", "lora"), ("qwen3", "dora"), ("gpt2", "unfreezing"), ("opt", "dora"), ("dsgpt", "lora")]
+    "kind, way",
+    [
+        pytest.param(kind, way, marks=() if QUICK_WAYS.get(kind) == way else (SLOW,))
+        for kind in ("llama", "qwen3", "gpt2", "mistral", "opt", "dsgpt")
+        for way in WAYS
+    ],
 )
-def test_a_native_model_and_one_of_transformers_come_out_whole(kind, way, dataset, tmp_path):
-    whole_matrix(kind, way, dataset, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "mistral", "opt", "dsgpt"])
 def test_every_kind_in_every_way_comes_out_whole(kind, way, dataset, tmp_path):
-    whole_matrix(kind, way, dataset, tmp_path)
-
-
-def whole_matrix(kind, way, dataset, folder):
     if kind == "dsgpt":  # which no other format holds
         shape = {"model.norm": "batchnorm", "training.max_steps": 2, "optimizer.warmup_steps": 0}
-        assert ranks(2).run(train_here, write_config(dataset, folder, "base", **shape), [], 0, "a") == [2, 2]
-        start = f"checkpoint:{folder / 'base'}"
+        assert ranks(2).run(train_here, write_config(dataset, tmp_path, "base", **shape), [], 0, "a") == [2, 2]
+        start = f"checkpoint:{tmp_path / 'base'}"
     else:
-        start = f"hf:{base_folder(folder / 'base', kind, dataset)}"
-    run = fine_tune(folder, "run", dataset, start, WAYS[way])
-    told = read_json("checkpoint", "export", run, "--output", folder / "out")
+        start = f"hf:{base_folder(tmp_path / 'base', kind, dataset)}"
+    run = fine_tune(tmp_path, "run", dataset, start, WAYS[way])
+    told = read_json("checkpoint", "export", run, "--output", tmp_path / "out")
     assert told["checked_with"] == ("dsgpt" if kind == "dsgpt" else "transformers")
     ours = logits(load_model(find_model(str(run))))
-    exported = load_model(find_model(str(folder / "out"))) if kind == "dsgpt" else in_transformers(folder / "out")
+    exported = load_model(find_model(str(tmp_path / "out"))) if kind == "dsgpt" else in_transformers(tmp_path / "out")
     assert (logits(exported) - ours).abs().max() < 1e-4
-    before = load_model(find_model(str(folder / "base")))
+    before = load_model(find_model(str(tmp_path / "base")))
     assert (logits(before) - ours).abs().max() > 1e-2, "two steps changed it"
 
 
@@ -184,7 +182,6 @@ def test_a_weight_too_large_for_fp16_is_named():
     assert in_precision("lm_head.weight", torch.tensor([7e4]), torch.bfloat16).isfinite().all()
 
 
-SLOW = pytest.mark.slow
 PAIRS = [(kind, way) for kind in ("llama", "qwen3", "mistral", "opt") for way in ("lora", "dora")]
 QUICK = (("llama", "dora"), ("qwen3", "lora"), ("mistral", "dora"))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -16,12 +15,14 @@ from dsgpt.checkpoint.weights import find_model
 from dsgpt.config import load_config
 from dsgpt.train.resolve import resolve_run
 from tests.hf_models import BLOCKS
-from tests.integration.test_resume import hashes, metrics, train_here
+from tests.integration.test_resume import hashes, metrics, stop_changes_nothing, train_here
+from tests.integration.test_rewind import events
 from tests.pool import ranks
 
 KINDS = ("gpt2", "llama", "qwen3", "mistral", "gemma", "gpt_neox", "phi", "opt")
 STAGES = ("zero2", "zero3")
 STEPS = 4
+LAST = f"checkpoints/step-{STEPS:08d}"
 SHORT = {
     "training.max_steps": STEPS,
     "model": {},
@@ -54,12 +55,6 @@ def first_loss(folder, yaml):
     return total / count
 
 
-def logits_of(model):
-    ids = torch.arange(2 * 24).view(2, 24) % 300
-    with torch.no_grad():
-        return model(ids).logits
-
-
 def export_and_load(run, output):
     from transformers import AutoModelForCausalLM
 
@@ -82,18 +77,12 @@ def alternating(*dimensions):
 
 @pytest.mark.parametrize(("kind", "stage"), alternating(KINDS, STAGES))
 def test_every_architecture_trains_resumes_and_comes_out_again(kind, stage, hf_folder, write_run, tmp_path):
-    folder, pool = hf_folder(kind), ranks(2)
-    settings = SHORT | {"deepspeed": stage, "model": {"init_from": f"hf:{folder}"}, "training.max_steps": STEPS}
-    straight, stopped = write_run("straight", **settings), write_run("stopped", **settings)
-    assert pool.run(train_here, straight, [], 0, "a") == [STEPS, STEPS]
-    lines = [json.loads(line) for line in (tmp_path / "straight/metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["loss"] == pytest.approx(first_loss(folder, straight), abs=2e-5)
-    assert lines[-1]["loss"] < lines[0]["loss"]
-    assert "stopped at step 2" in pool.run(train_here, stopped, [], 2, "b")[0]
-    assert pool.run(train_here, stopped, [], 0, "c") == [STEPS, STEPS]
-    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
-    last = f"checkpoints/step-{STEPS:08d}"
-    assert hashes(tmp_path / "stopped" / last) == hashes(tmp_path / "straight" / last)
+    folder = hf_folder(kind)
+    settings = SHORT | {"deepspeed": stage, "model": {"init_from": f"hf:{folder}"}}
+    straight = write_run("straight", **settings)
+    losses = stop_changes_nothing(straight, write_run("stopped", **settings), 2, STEPS)
+    assert losses[0] == pytest.approx(first_loss(folder, straight), abs=2e-5)
+    assert losses[-1] < losses[0]
     report, _ = export_and_load(tmp_path / "straight", tmp_path / "export")
     assert report.checked_with == "transformers" and report.logit_difference < 1e-4
 
@@ -110,23 +99,17 @@ WAYS = {
 
 @pytest.mark.parametrize(("way", "kind", "stage"), alternating(WAYS, ("llama", "mistral", "opt"), STAGES))
 def test_every_way_of_training_a_part(way, kind, stage, hf_folder, write_run, tmp_path):
-    folder, pool = hf_folder(kind), ranks(2)
+    folder = hf_folder(kind)
     settings = SHORT | {
         "deepspeed": stage,
         "model": {"init_from": f"hf:{folder}"},
         "fine_tuning": WAYS[way],
         "checkpoint": {"save_interval": 1, "keep_last": 0},
     }
-    straight, stopped = write_run("straight", **settings), write_run("stopped", **settings)
-    assert pool.run(train_here, straight, [], 0, "a") == [STEPS, STEPS]
-    lines = [json.loads(line) for line in (tmp_path / "straight/metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    straight = write_run("straight", **settings)
+    losses = stop_changes_nothing(straight, write_run("stopped", **settings), 3, STEPS)
     assert losses[0] == pytest.approx(first_loss(folder, straight), abs=2e-5)
     assert losses[-1] < losses[0]
-    assert "stopped at step 3" in pool.run(train_here, stopped, [], 3, "b")[0]
-    assert pool.run(train_here, stopped, [], 0, "c") == [STEPS, STEPS]
-    last = f"checkpoints/step-{STEPS:08d}"
-    assert hashes(tmp_path / "stopped" / last) == hashes(tmp_path / "straight" / last)
     if way not in ("decay", "unfreezing"):  # what is frozen is on the disk once, also after another start
         files = [tmp_path / f"stopped/checkpoints/step-{step:08d}/frozen-00000.safetensors" for step in (1, 3, STEPS)]
         assert len({file.stat().st_ino for file in files}) == 1
@@ -135,7 +118,7 @@ def test_every_way_of_training_a_part(way, kind, stage, hf_folder, write_run, tm
 
     before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    trained = set(CheckpointReader(tmp_path / "straight" / last).parameters)
+    trained = set(CheckpointReader(tmp_path / "straight" / LAST).parameters)
     assert changed, "nothing was trained"
     if way == "last_blocks":
         assert all(f".{BLOCKS - 1}." in name or "norm" in name or "lm_head" in name for name in changed), changed
@@ -143,13 +126,8 @@ def test_every_way_of_training_a_part(way, kind, stage, hf_folder, write_run, tm
         assert changed == {name for name in before if "mlp" in name} == trained
 
 
-def events(folder, name):
-    lines = (json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines())
-    return [line for line in lines if line["event"] == name]
-
-
 def test_the_number_of_blocks_is_measured_once_and_kept_for_every_start(hf_folder, write_run, tmp_path, dataset):
-    """As written by hand with the number that was measured, bit for bit."""
+    """As written by hand with the number that was measured, bit for bit; a fork takes it over."""
     settings = SHORT | {"deepspeed": "zero3", "model": {"init_from": f"hf:{hf_folder('llama')}"}}
     auto = write_run("auto", **settings, fine_tuning={"train": "last_blocks", "num_last_blocks": "auto"})
     pool = ranks(2)
@@ -160,8 +138,25 @@ def test_the_number_of_blocks_is_measured_once_and_kept_for_every_start(hf_folde
     assert told["domain_loss"] == pytest.approx(5.9, abs=0.3) and told["general_loss"] is None
     by_hand = write_run("by_hand", **settings, fine_tuning={"train": "last_blocks", "num_last_blocks": chosen})
     assert pool.run(train_here, by_hand, [], 0, "a") == [STEPS, STEPS]
-    last = f"checkpoints/step-{STEPS:08d}"
-    assert hashes(tmp_path / "auto" / last) == hashes(tmp_path / "by_hand" / last)
+    assert hashes(tmp_path / "auto" / LAST) == hashes(tmp_path / "by_hand" / LAST)
+    forked = {"model": {"init_from": f"fork:{tmp_path / 'auto'}@2"}, "fine_tuning.num_last_blocks": "auto"}
+    fork = write_run("fork", **settings | forked, **{"fine_tuning.train": "last_blocks"})
+    assert pool.run(train_here, fork, [], 0, "a") == [STEPS, STEPS]
+    assert not events(tmp_path / "fork", "num_last_blocks") and not events(tmp_path / "fork", "frozen")
+    assert (
+        CheckpointReader(tmp_path / "fork" / LAST).parameters == CheckpointReader(tmp_path / "auto" / LAST).parameters
+    )
+
+
+def test_what_is_trained_may_change_between_starts_and_each_change_is_told(hf_folder, write_run, tmp_path):
+    settings = SHORT | {"model": {"init_from": f"hf:{hf_folder('llama')}"}, "fine_tuning": {"train": "last_blocks"}}
+    yaml, pool = write_run("run", **settings), ranks(2)
+    assert "stopped at step 1" in pool.run(train_here, yaml, [], 1, "a")[0]
+    assert "stopped at step 2" in pool.run(train_here, yaml, ["fine_tuning.num_last_blocks=3"], 1, "b")[0]
+    assert pool.run(train_here, yaml, ["fine_tuning.num_last_blocks=1"], 0, "c") == [STEPS, STEPS]
+    (thawed,), (frozen,) = events(tmp_path / "run", "thawed"), events(tmp_path / "run", "frozen")
+    assert thawed["parameters"] == 9 and "blocks.0." in thawed["text"], "the matrices and norms of one block"
+    assert frozen["parameters"] == 18 and frozen["text"].startswith("warning")
 
 
 def test_a_tied_head_stays_frozen_unless_it_is_asked_for(hf_folder, write_run, tmp_path):
@@ -189,18 +184,13 @@ def test_a_tied_head_stays_frozen_unless_it_is_asked_for(hf_folder, write_run, t
 )
 def test_partitions_in_bf16_start_with_the_folders_loss_and_resume(way, kind, hf_folder, write_run, tmp_path):
     """Rotary frequencies are exact although ZeRO-3 builds everything in bf16."""
-    folder, pool = hf_folder(kind), ranks(2)
+    folder = hf_folder(kind)
     model = {"init_from": f"hf:{folder}"}
     settings = SHORT | {"deepspeed": "zero3", "model": model, "fine_tuning": WAYS[way], "training.dtype": "bf16"}
-    straight, stopped = write_run("straight", **settings), write_run("stopped", **settings)
-    assert pool.run(train_here, straight, [], 0, "a") == [STEPS, STEPS]
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "straight/metrics.jsonl").read_text().splitlines()]
+    straight = write_run("straight", **settings)
+    losses = stop_changes_nothing(straight, write_run("stopped", **settings), 3, STEPS)
     assert losses[0] == pytest.approx(first_loss(folder, straight), rel=1e-3)
     assert losses[-1] < losses[0]
-    assert "stopped at step 3" in pool.run(train_here, stopped, [], 3, "b")[0]
-    assert pool.run(train_here, stopped, [], 0, "c") == [STEPS, STEPS]
-    last = f"checkpoints/step-{STEPS:08d}"
-    assert hashes(tmp_path / "stopped" / last) == hashes(tmp_path / "straight" / last)
     export_and_load(tmp_path / "straight", tmp_path / "export")
 
 

@@ -36,6 +36,15 @@ def test_every_verb_and_every_exit_code_of_the_readme_exists():
     assert codes == {int(code) for code in ExitCode}
 
 
+def test_the_run_that_is_shown_whole_is_a_valid_one(tmp_path):
+    from dsgpt.config import load_config
+
+    (shown,) = re.findall(r"```yaml\n(run:.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "run.yaml").write_text(shown)
+    loaded = load_config([tmp_path / "run.yaml"])
+    assert loaded.config.fine_tuning.train == "last_blocks" and loaded.warnings == []
+
+
 def test_every_path_of_the_map_exists():
     block = README.split("\n## Map\n")[1].split("```")[1]
     for line in block.strip().splitlines():

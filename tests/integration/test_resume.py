@@ -49,6 +49,22 @@ def metrics(folder):
     return {line["step"]: [float(line[key]).hex() for key in keys] for line in lines if "step" in line}
 
 
+def stop_changes_nothing(straight, stopped, after, steps):
+    """Train one run straight and its twin stopped once: the numbers of every step and the last bits are the same.
+
+    Returns the losses by step.
+    """
+    pool = ranks(2)
+    assert pool.run(train_here, straight, [], 0, "a") == [steps, steps]
+    assert f"stopped at step {after}" in pool.run(train_here, stopped, [], after, "b")[0]
+    assert pool.run(train_here, stopped, [], 0, "c") == [steps, steps]
+    one, two = (yaml.parent / yaml.stem for yaml in (straight, stopped))
+    assert metrics(two) == metrics(one)
+    last = f"checkpoints/step-{steps:08d}"
+    assert hashes(two / last) == hashes(one / last)
+    return [float.fromhex(numbers[0]) for _, numbers in sorted(metrics(one).items())]
+
+
 def hashes(checkpoint):
     return {name: entry["sha256"] for name, entry in commit.read_manifest(checkpoint)["files"].items()}
 

@@ -85,7 +85,8 @@ def test_the_real_sbatch_writes_its_log_into_folders_of_odd_names(cluster, tmp_p
         (folder / "x.sbatch").write_text(sbatch.render(ECHO, options, {}), "utf-8")
         job = sbatch.submit(["sbatch", "--parsable", str(folder / "x.sbatch")], options)
         log = folder / f"slurm-{job}.log"
-        until(lambda log=log: log.exists() and log.read_text() == "arrived\n", 60, f"the log {log}")
+        until(lambda log=log: log.exists() and log.read_text(), 60, f"the log {log}")
+        assert log.read_text() == "arrived\n"
 
 
 def test_a_chain_is_queued_told_of_and_taken_back_whole(runs, write_run):

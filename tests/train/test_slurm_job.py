@@ -201,34 +201,41 @@ def test_a_chain_goes_on_only_where_a_job_would_be_requeued(job, write_run, tmp_
         assert "done" not in prepare(write_run()), "the first part of another chain"
 
 
-def test_a_rank_that_a_warning_ended_before_it_could_listen_was_asked_to_stop(job, tmp_path, write_run):
+@pytest.fixture()
+def start_that_ends(job, tmp_path, write_run):
+    """start_that_ends(log_lines) -> (decisions, verdict) of another start of the same run, of which srun told so."""
+    log = tmp_path / "job.log"
+    record = RUNNING.replace("/home/a b/out.log", str(log))
+
+    def start(text: str):
+        log_dir = Path(value(prepare(write_run(), record=record), "DSGPT_LOG_DIR"))
+        with log.open("a", encoding="utf-8") as file:
+            file.write(text)
+        return list(slurm_job.decide(log_dir, record, [])), read_verdict(log_dir)
+
+    return start
+
+
+def test_a_rank_that_a_warning_ended_before_it_could_listen_was_asked_to_stop(start_that_ends):
     """T604, in the first moment of a start: neither a failure of its host nor a start without progress."""
-    log = tmp_path / "job.log"
-    record = RUNNING.replace("/home/a b/out.log", str(log))
+    text = "srun: error: node2: task 1: User defined signal 1\nsrun: error: node1: task 0: Terminated\n"
     for _ in range(4):
-        log_dir = Path(value(prepare(write_run(), record=record), "DSGPT_LOG_DIR"))
-        with log.open("a", encoding="utf-8") as file:
-            file.write("srun: error: node2: task 1: User defined signal 1\nsrun: error: node1: task 0: Terminated\n")
-        lines = list(slurm_job.decide(log_dir, record, []))
+        lines, verdict = start_that_ends(text)
         assert lines[-1] == "requeue" and not any(line.startswith("exclude") for line in lines)
-        assert read_verdict(log_dir).exit_code == 75
+        assert verdict.exit_code == 75
 
 
-def test_the_ranks_of_other_nodes_are_not_blamed_where_a_node_does_not_answer(job, tmp_path, write_run):
+def test_the_ranks_of_other_nodes_are_not_blamed_where_a_node_does_not_answer(start_that_ends):
     """As a real SLURM 22.05 told of node2 without power: once the job is on its nodes again, they would be excluded."""
-    log = tmp_path / "job.log"
-    record = RUNNING.replace("/home/a b/out.log", str(log))
+    text = (
+        "srun: error: Task launch for StepId=36.0 failed on node node2: Communication connection failure\n"
+        "srun: error: Application launch failed: Communication connection failure\n"
+        "srun: Job step aborted: Waiting up to 7 seconds for job step to finish.\n"
+        "0: slurmstepd-node1: error: *** STEP 36.0 ON node1 CANCELLED AT 2026-11-27T01:10:35 ***\n"
+        "srun: error: node1: task 0: Killed\n"
+    )
     for _ in range(2):
-        log_dir = Path(value(prepare(write_run(), record=record), "DSGPT_LOG_DIR"))
-        with log.open("a", encoding="utf-8") as file:
-            file.write(
-                "srun: error: Task launch for StepId=36.0 failed on node node2: Communication connection failure\n"
-                "srun: error: Application launch failed: Communication connection failure\n"
-                "srun: Job step aborted: Waiting up to 7 seconds for job step to finish.\n"
-                "0: slurmstepd-node1: error: *** STEP 36.0 ON node1 CANCELLED AT 2026-11-27T01:10:35 ***\n"
-                "srun: error: node1: task 0: Killed\n"
-            )
-        lines = list(slurm_job.decide(log_dir, record, []))
+        lines, _ = start_that_ends(text)
         assert lines[-1] == "requeue" and not any(line.startswith("exclude") for line in lines)
 
 
