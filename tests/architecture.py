@@ -13,10 +13,10 @@ from pathlib import Path
 # An import goes to a lower floor, or along one of the sideways arrows.
 FLOORS = {
     **dict.fromkeys(("cli", "quickstart", "__main__"), 7),
-    "train": 6,
+    **dict.fromkeys(("train", "serve"), 6),
     **dict.fromkeys(("evaluate", "generate"), 5),
     **dict.fromkeys(("engine", "checkpoint", "probe"), 4),
-    **dict.fromkeys(("tokenizer", "data", "model", "optimizer", "loss_scale", "partitioned", "nodes"), 3),
+    **dict.fromkeys(("tokenizer", "data", "model", "optimizer", "loss_scale", "partitioned", "nodes", "device"), 3),
     **dict.fromkeys(("distributed", "planning", "launch", "report", "fetch"), 2),
     **dict.fromkeys(("config", "process", "lease", "verdict", "watchdog", "rendezvous", "hub"), 1),
     **dict.fromkeys(("errors", "units"), 0),
@@ -39,6 +39,8 @@ DOORS = {
     "datasets": ("dsgpt.data",),
     "peft": ("dsgpt.model",),
     "huggingface_hub": ("dsgpt.hub",),
+    "starlette": ("dsgpt.serve",),
+    "uvicorn": ("dsgpt.serve",),
 }
 # dsgpt.process: a rank has to know its number before torch is imported.
 ENVIRONMENT = ("dsgpt.process", "dsgpt.distributed", "dsgpt.launch", "dsgpt.cli", "dsgpt.quickstart")

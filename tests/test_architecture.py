@@ -93,9 +93,9 @@ def _setup() -> configparser.ConfigParser:
 
 
 def test_every_library_that_is_imported_is_declared() -> None:
-    declared = {
-        re.split(r"[^\w.-]", line)[0].lower() for line in _setup()["options"]["install_requires"].split("\n") if line
-    }
+    options, extras = _setup()["options"], _setup()["options.extras_require"]
+    lines = [*options["install_requires"].split("\n"), *extras["serve"].split("\n")]
+    declared = {re.split(r"[^\w.-]", line)[0].lower() for line in lines if line}
     imported = {target.split(".")[0]: name for name, module in MODULES.items() for target, _ in imports(module)}
     foreign = {
         library: name for library, name in imported.items() if library not in {"dsgpt", *sys.stdlib_module_names}

@@ -59,8 +59,17 @@ def require_intact(checkpoint: Path) -> None:
         )
 
 
-def load_model(location: ModelLocation, device: str = "cpu", trust: bool = False) -> nn.Module:
-    """The model in fp32 on one device, in evaluation mode, its checkpoint verified first.
+def read_model_config(location: ModelLocation) -> ModelConfig:
+    """What model it is, without its weights."""
+    if location.is_checkpoint:
+        return parse_model(CheckpointReader(location.path).manifest["model"])
+    return read_architecture(location.path)
+
+
+def load_model(
+    location: ModelLocation, device: str = "cpu", trust: bool = False, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The model on one device, in evaluation mode, its checkpoint verified first; parameters in `dtype`, buffers in fp32.
 
     `trust` allows a Hugging Face folder's pytorch_model.bin, which may execute code. In memory are the model and one tensor.
     Raises ConfigError where a model of transformers does not compute what is expected of it.
@@ -78,9 +87,11 @@ def load_model(location: ModelLocation, device: str = "cpu", trust: bool = False
         tensors = open_hf_weights(location.path, config, trust)
     if isinstance(config, HFModelConfig):
         model = build_model(config)
+        _convert(model, dtype)
     else:
         with torch.device("meta"):
             model = build_model(config)
+        _convert(model, dtype)
         model.to_empty(device=device)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
@@ -93,6 +104,12 @@ def load_model(location: ModelLocation, device: str = "cpu", trust: bool = False
 
         check_forward(model, config.vocab_size, torch.device(device), documents=False)
     return model
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters alone: what a model computes beforehand (rotary frequencies) needs fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 @dataclass(frozen=True)

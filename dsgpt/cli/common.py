@@ -12,11 +12,11 @@ from typing import Any
 import click
 
 
-def print_json(value: Any) -> None:
+def print_json(value: Any, indent: int | None = 2) -> None:
     """One JSON object on stdout. Numbers that JSON does not have become null."""
     if isinstance(value, dict):
         value = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
-    click.echo(json.dumps(value, indent=2, default=str))
+    click.echo(json.dumps(value, indent=indent, default=str))
 
 
 @contextlib.contextmanager

@@ -144,6 +144,26 @@ def read_conversations(records: Iterable[Any], form: Format) -> Iterator[Convers
             yield BadRecord(index, str(bad), excerpt)
 
 
+def read_question(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The messages and tools of {"messages": [...], "tools": [...]} that waits for an assistant's answer.
+
+    Raises DataError where it does not, or is not of that form.
+    """
+    try:
+        messages = [_message(one, i) for i, one in enumerate(_list(record, "messages"))]
+        tools = _tools(record)
+        if not messages:
+            raise _Bad("there is no message")
+        _check_order(messages)
+        if messages[-1]["role"] not in ("user", "tool"):
+            raise _Bad(f"the last message is not of a user but of role {messages[-1]['role']}")
+    except _Bad as bad:
+        raise DataError(
+            "the conversation cannot be answered", seen=str(bad), do="end with a message of role user"
+        ) from bad
+    return messages, tools
+
+
 def _from_messages(record: Mapping[str, Any], form: Format) -> tuple[list[dict[str, Any]], list[Any]]:
     return [_message(one, i) for i, one in enumerate(_list(record, "messages"))], _tools(record)
 
@@ -273,12 +293,17 @@ def _check(messages: list[dict[str, Any]], record: Mapping[str, Any]) -> None:
     if "assistant" not in roles:
         preference = " (it has 'chosen': a preference pair is not a dialogue)" if "chosen" in record else ""
         raise _Bad(f"there is no assistant turn{preference}")
+    if "user" not in roles:
+        raise _Bad("there is no user turn")
+    _check_order(messages)
+
+
+def _check_order(messages: list[dict[str, Any]]) -> None:
+    roles = [message["role"] for message in messages]
     if roles.count("system") > 1:
         raise _Bad(f"there are {roles.count('system')} system messages")
     if "system" in roles[1:]:
         raise _Bad(f"the system message is message {roles.index('system')}, not the first")
-    if "user" not in roles:
-        raise _Bad("there is no user turn")
     for i, message in enumerate(messages):
         is_empty = not (message["content"] or "").strip() and not message.get("tool_calls")
         if is_empty and message["role"] in ("user", "assistant"):

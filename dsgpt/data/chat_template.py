@@ -142,6 +142,21 @@ class ChatTemplate:
             learned |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
         return Encoded(ids, learned, len(_PLANES.findall(text)) if has_special else 0)
 
+    def prompt(self, messages: list[dict[str, Any]], tools: list[Any]) -> list[int]:
+        """Ids of the conversation up to where an assistant goes on, the same as in training. Raises Unusable."""
+        messages, tools = _plain([messages, tools], self._mark)
+        return [int(i) for i in self._marked_tokens(self.render(messages, tools, add_generation_prompt=True))[0]]
+
+    def turn_end(self) -> tuple[list[int], tuple[str, ...]]:
+        """What ends an assistant's turn: ids of special tokens, and text that stands where this tokenizer has none."""
+        said = "said"
+        turns = [{"role": "user", "content": "asked"}, {"role": "assistant", "content": said}]
+        after = self.render(turns, []).rpartition(said)[2]
+        match = self._find_special.search(after)
+        text = (after[: match.start()] if match else after).strip()
+        token = self._backend.token_to_id(match[0]) if match else None
+        return [] if token is None else [token], (text,) if text else ()
+
     def _learned_spans(
         self, messages: list[dict[str, Any]], tools: list[Any], text: str, generations: list[tuple[int, int]]
     ) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dsgpt.config import ModelConfig
 from dsgpt.model.batch_norm import BatchNorm, MicroStep
+from dsgpt.model.cache import KeyValueCache
 from dsgpt.model.functional import chunked_cross_entropy, rms_norm, rotate, swiglu
 
 PADDING = -1  # the document id of positions that hold no token
@@ -101,24 +102,6 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torc
     angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-class KeyValueCache:
-    """Keys and values of the positions already seen, one pair (B, K, T, D) per layer, for generation."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def length(self) -> int:
-        return self.layers[0][0].shape[2] if self.layers else 0
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if layer in self.layers:
-            old_keys, old_values = self.layers[layer]
-            keys, values = torch.cat((old_keys, keys), dim=2), torch.cat((old_values, values), dim=2)
-        self.layers[layer] = (keys, values)
-        return keys, values
 
 
 class Context(NamedTuple):
@@ -246,16 +229,17 @@ class GPT(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        last_only: bool = False,
     ) -> Tensor:
-        """Logits (B, T, V), or with `labels` the sum of the cross-entropy over labels other than -100.
+        """Logits (B, T, V), of the last position (B, 1, V) with `last_only`, or with `labels` the sum of the
+        cross-entropy over labels other than -100.
 
         `input_ids`, `labels`, `position_ids` and `document_ids` are (B, T); labels are already shifted: labels[t] is the
         token after input_ids[t]. Positions of different documents do not attend to each other; document id -1 is padding,
         which batch norm leaves out.
         """
-        length, past = input_ids.shape[1], cache.length if cache else 0
         if position_ids is None:
-            position_ids = torch.arange(past, past + length, device=input_ids.device)[None].expand_as(input_ids)
+            position_ids = (cache or KeyValueCache()).positions(input_ids)
         x = self.embed_tokens(input_ids)
         angles = None
         if self.config.position_embedding == "learned":
@@ -265,25 +249,33 @@ class GPT(nn.Module):
         micro_step = MicroStep(None if document_ids is None else document_ids != PADDING)
         apart = document_ids is not None and x.device.type == "cpu" and cache is None
         lengths = document_lengths(document_ids) if apart else None
-        mask = None if apart else attention_mask(length, past, document_ids, x)
+        mask = None if apart else attention_mask(input_ids, x.dtype, document_ids, cache)
         context = Context(angles, mask, lengths, cache, micro_step)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, context)
+        x = x[:, -1:] if last_only else x
         return self.lm_head(normalise(self.norm, x, micro_step), labels)
 
 
-def attention_mask(length: int, past: int, document_ids: Tensor | None, x: Tensor) -> Tensor | None:
-    """(B, 1, T, S) in the precision of `x`, or None where plain causal attention (the fast kernel) says the same.
+def attention_mask(
+    input_ids: Tensor, dtype: torch.dtype, document_ids: Tensor | None, cache: KeyValueCache | None = None
+) -> Tensor | None:
+    """(B, 1, T, S) of `dtype` for `input_ids` (B, T), or None where plain causal attention (the fast kernel) says the same.
 
-    Made once for all layers: given booleans, the attention kernel would convert them, and keep the result, in each.
+    S are the columns of the cache and the T after them. Made once for all layers: given booleans, the attention kernel would
+    convert them, and keep the result, in each.
     """
-    if document_ids is None and not (past and length > 1):
+    length, past, device = input_ids.shape[1], cache.length if cache else 0, input_ids.device
+    starts = cache.first_columns(device) if cache else None
+    if document_ids is None and starts is None and not (past and length > 1):
         return None
-    allowed = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)[None, None]
+    allowed = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)[None, None]
     if document_ids is not None:
         allowed = allowed & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
-    return torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill_(~allowed, -math.inf)
+    if starts is not None:
+        allowed = allowed & (torch.arange(past + length, device=device) >= starts[:, None, None, None])
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, -math.inf)
 
 
 def document_lengths(document_ids: Tensor) -> list[int]:

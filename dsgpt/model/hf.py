@@ -16,6 +16,7 @@ whether documents see each other, once before the first step.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from dsgpt.config.model import HFModelConfig
 from dsgpt.errors import ConfigError, Problem
+from dsgpt.model.cache import KeyValueCache
 from dsgpt.model.functional import chunked_cross_entropy
 from dsgpt.model.gpt import attention_mask
 
@@ -158,21 +160,28 @@ def build_hf(config: HFModelConfig) -> nn.Module:
     model.transformers_forward = model.forward
     model.forward = types.MethodType(_forward, model)
     model.gives_mask = False
-    model.new_cache = partial(HFCache, model)
+    model.keeps_logits = "logits_to_keep" in inspect.signature(model.transformers_forward).parameters
+    model.new_cache = HFCache
     return model
 
 
-class HFCache:
-    """Keys and values of the positions already seen, for generation, as transformers keeps them."""
+class HFCache(KeyValueCache):
+    """The same, kept in an object of transformers. Layers that see a window keep all columns too: the mask hides them."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self) -> None:
         from transformers import DynamicCache
 
-        self.past = DynamicCache(config=model.config)
+        self.past = DynamicCache()
+        super().__init__()
 
     @property
-    def length(self) -> int:
-        return int(self.past.get_seq_length())
+    def layers(self) -> list[tuple[Tensor, Tensor]]:  # type: ignore[override]
+        return [(layer.keys, layer.values) for layer in self.past.layers]
+
+    @layers.setter
+    def layers(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        for layer, (keys, values) in zip(self.past.layers, pairs, strict=True):
+            layer.keys, layer.values = keys, values
 
 
 def _head(head: nn.Linear, scale: float, softcap: float, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -189,15 +198,22 @@ def _forward(
     position_ids: Tensor | None = None,
     document_ids: Tensor | None = None,
     cache: HFCache | None = None,
+    last_only: bool = False,
 ) -> Tensor:
-    """As `GPT.forward`: logits (B, T, V), or with `labels` (B, T), already shifted, the summed cross-entropy."""
+    """As `GPT.forward`: logits (B, T, V) or (B, 1, V), or with `labels` (B, T), already shifted, the summed cross-entropy."""
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": cache is not None}
     if cache is not None:
         inputs["past_key_values"] = cache.past
+        if (starts := cache.first_columns(input_ids.device)) is not None:
+            columns = torch.arange(cache.length + input_ids.shape[1], device=input_ids.device)
+            inputs |= {"position_ids": cache.positions(input_ids), "attention_mask": columns >= starts[:, None]}
     if model.gives_mask and document_ids is not None:
-        inputs["attention_mask"] = attention_mask(input_ids.shape[1], 0, document_ids, next(model.parameters()))
+        inputs["attention_mask"] = attention_mask(input_ids, next(model.parameters()).dtype, document_ids)
     if labels is None:
-        return model.transformers_forward(**inputs).logits
+        if last_only and model.keeps_logits:
+            inputs["logits_to_keep"] = 1
+        logits = model.transformers_forward(**inputs).logits
+        return logits[:, -1:] if last_only else logits
     return model.get_output_embeddings()(model.base_model(**inputs).last_hidden_state, labels)
 
 

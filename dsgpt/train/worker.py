@@ -138,8 +138,8 @@ def _train(arguments: list[str], stop: StopRequest, end: _End) -> None:
     loaded = load_config(*split_arguments(arguments))
 
     from dsgpt import distributed, engine
+    from dsgpt.device import choose_device
     from dsgpt.launch.local_ranks import expected_hosts
-    from dsgpt.train.device import choose_device
     from dsgpt.train.loop import train
     from dsgpt.train.resolve import resolve_run
     from dsgpt.train.startup import resolve_together

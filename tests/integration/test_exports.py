@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from dsgpt.checkpoint.weights import find_model, load_model
 from dsgpt.cli import cli
 from dsgpt.errors import CheckpointError, ConfigError
-from dsgpt.generate import Sampling, generate_ids
+from dsgpt.generate.decoder import Decoder
+from dsgpt.generate.sampling import Sampling
 from dsgpt.tokenizer.tokenizer import Tokenizer
 from tests.hf_models import make_hf_folder
 from tests.integration.test_fine_tuning import first_loss
@@ -271,8 +272,11 @@ def test_runs_and_exports_are_evaluated_and_generate_as_transformers_does(kind, 
         assert told["loss"] == pytest.approx(total / told["tokens"], rel=1e-5)
         assert read_json("evaluate", place, "--data", dataset)["loss"] == pytest.approx(alone, rel=1e-5)
         ours = load_model(find_model(str(place)))
-        greedy = generate_ids(ours, begun[0].tolist(), Sampling(24, temperature=0), tokenizer.eos_id)
-        assert [*greedy] == [one for one in new if one != tokenizer.eos_id] and len(new) > 4
+        decoder = Decoder(ours)
+        row = decoder.add(begun[0].tolist(), Sampling(24, temperature=0), [tokenizer.eos_id])
+        while row.finish is None:
+            decoder.step()
+        assert row.new == [one for one in new if one != tokenizer.eos_id] and len(new) > 4
 
 
 def test_pretrained_then_adapted_then_trained_in_part_is_one_chain_of_weights(dataset, tmp_path):

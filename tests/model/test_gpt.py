@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from dsgpt.config import Dropout, ModelConfig
-from dsgpt.generate import Sampling, generate_ids
 from dsgpt.model import functional
-from dsgpt.model.gpt import GPT, KeyValueCache, document_lengths
+from dsgpt.model.cache import KeyValueCache
+from dsgpt.model.gpt import GPT, document_lengths
 from dsgpt.model.recompute import apply_activation_checkpointing
 
 BASE = {
@@ -89,19 +89,6 @@ def test_cached_steps_give_the_logits_of_one_pass(kind):
         whole, cache = model(ids), KeyValueCache()
         pieces = [model(part, cache=cache) for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:12], ids[:, 12:])]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
-
-
-def test_greedy_generation_equals_taking_the_largest_logit_each_time():
-    model = make(LLAMA).eval()
-    ids = [5, 17, 3]
-    expected = list(ids)
-    for _ in range(12):
-        expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
-    assert list(generate_ids(model, ids, Sampling(12, temperature=0), eos_id=None)) == expected[3:]
-    stop = expected[6]
-    shorter = expected[3 : expected.index(stop, 3)]
-    assert list(generate_ids(model, ids, Sampling(12, temperature=0), eos_id=stop)) == shorter
-    assert len(list(generate_ids(model, ids, Sampling(60, seed=3), eos_id=None))) == 60, "longer than the context"
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

@@ -1,4 +1,4 @@
-"""Which device this rank trains on, as torch itself sees it, and whether that is what the user paid for."""
+"""Which device this process computes on, as torch itself sees it, and whether that is what the user paid for."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def choose_device(wanted: str) -> Device:
             "torch cannot use a GPU here",
             seen=f"{'; '.join(signs.evidence) or 'no GPU found'}; driver {signs.driver}; torch {torch.__version__} "
             f"(CUDA {torch.version.cuda})",
-            do="install a torch build for this driver (dsgpt doctor says more), or train on the CPU with device=cpu",
+            do="install a torch build for this driver (dsgpt doctor says more), or use the CPU: device=cpu in a run, "
+            "--device cpu elsewhere",
         )
     return Device("cpu")

@@ -1,0 +1,59 @@
+"""A MODEL on the device that is here, to be used: evaluated, asked, served.
+
+loaded = load_for_use("runs/mine")          # .model, .tokenizer, .location
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dsgpt.checkpoint.weights import ModelLocation, find_model, load_model, read_model_config
+from dsgpt.device import choose_device
+from dsgpt.errors import OutOfMemoryError
+from dsgpt.launch.hardware import available_memory_bytes
+from dsgpt.model.build import model_shapes
+from dsgpt.tokenizer.tokenizer import Tokenizer
+from dsgpt.units import format_bytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model is in evaluation mode. `dtype` as in a config: "fp32", "bf16" or "fp16"."""
+
+    location: ModelLocation
+    model: Any
+    tokenizer: Tokenizer
+    device: str
+    dtype: str
+
+
+def load_for_use(text: str, device: str = "auto", dtype: str = "auto", trust: bool = False) -> Loaded:
+    """Find, check and load a MODEL. `dtype` auto is bf16 on a GPU that has it, else fp32.
+
+    Raises OutOfMemoryError before loading where it cannot fit; CheckpointError and ConfigError as `find_model`, `load_model`.
+    """
+    location = find_model(text)
+    found = choose_device(device)
+    if dtype == "auto":
+        dtype = "bf16" if found.kind == "cuda" and found.bf16 else "fp32"
+    _refuse_too_large(location, found.kind, DTYPES[dtype])
+    model = load_model(location, found.kind, trust, DTYPES[dtype])
+    return Loaded(location, model, Tokenizer.load(location.tokenizer), found.kind, dtype)
+
+
+def _refuse_too_large(location: ModelLocation, device: str, dtype: torch.dtype) -> None:
+    needed = sum(math.prod(shape) for shape in model_shapes(read_model_config(location))[0].values()) * dtype.itemsize
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else available_memory_bytes()
+    if free and needed > free:
+        raise OutOfMemoryError(
+            "the model does not fit on one device",
+            seen=f"{format_bytes(needed)} of weights, {format_bytes(free)} free",
+            do=f"evaluate it over several: dsgpt evaluate {location.path} --num-processes N; to generate, "
+            f"dsgpt checkpoint export {location.path} --output DIR, and a server that divides models over GPUs",
+        )

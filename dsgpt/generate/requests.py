@@ -1,0 +1,43 @@
+"""Prompts as people write them: plain lines, or JSON lines with a `prompt` or with `messages`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsgpt.errors import DataError
+from dsgpt.generate.chat import Chat
+from dsgpt.generate.text import Prompt, text_prompt
+from dsgpt.tokenizer.tokenizer import Tokenizer
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, blank lines left out. Raises DataError for a line that is no record, and for other than UTF-8."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError("the prompts are not UTF-8", seen=f"{path}: {error}", do="convert them with iconv") from error
+    if path.suffix not in (".jsonl", ".json", ".ndjson"):
+        return [{"prompt": line} for line in lines]
+    return [_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise DataError("a line is not JSON", seen=f"{where}: {error}", do="write one object on each line") from error
+    if not isinstance(found, dict) or not (isinstance(found.get("prompt"), str) or "messages" in found):
+        raise DataError(
+            "a line is no prompt", seen=f"{where}: {line[:80]}", do='write {"prompt": "..."} or {"messages": [...]}'
+        )
+    return found
+
+
+def prompt_of(record: Mapping[str, Any], tokenizer: Tokenizer) -> Prompt:
+    """Of a `prompt`, continued as text, or of `messages`, answered by the tokenizer's chat template."""
+    if "messages" in record:
+        return Chat(tokenizer).prompt(record["messages"], record.get("tools"))
+    return text_prompt(tokenizer, record["prompt"])

@@ -1,0 +1,142 @@
+"""From prompts to texts: one after another as they come, or many together.
+
+for piece in stream(model, tokenizer, text_prompt(tokenizer, "Once"), sampling): ...
+completions = complete(model, tokenizer, prompts, sampling, batch_size=16)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dsgpt.generate.decoder import Decoder, Finish, Row
+from dsgpt.generate.sampling import Sampling
+from dsgpt.tokenizer.tokenizer import Tokenizer
+
+_CONTEXT_TOKENS = 8  # before a token: its text can depend on those, as a space between words does
+_INCOMPLETE = "\ufffd"  # what the bytes of a character become before all of them are there
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to continue: its ids, and what ends the continuation beside what the user asks for."""
+
+    ids: list[int]
+    end_ids: Collection[int] = ()
+    stop: tuple[str, ...] = ()
+
+
+def text_prompt(tokenizer: Tokenizer, text: str) -> Prompt:
+    """A text as documents begin in training: after BOS, where the tokenizer has one, or after the end of another."""
+    ids = tokenizer.encode(text)
+    begin = tokenizer.bos_id if tokenizer.bos_id is not None or ids else tokenizer.eos_id
+    return Prompt([*([] if begin is None else [begin]), *ids], [] if tokenizer.eos_id is None else [tokenizer.eos_id])
+
+
+class TextStream:
+    """The text of a row as its tokens come: whole characters only, nothing of a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...]):
+        self._tokenizer, self._stop = tokenizer, tuple(text for text in stop if text)
+        self._ids = list(prompt[-_CONTEXT_TOKENS:])
+        self._from, self._to = 0, len(self._ids)  # the tokens whose text has been given last
+        self._held = ""  # may be the beginning of a stop string
+        self.stopped = False
+
+    def add(self, tokens: Iterable[int]) -> str:
+        """The text that is certain with these tokens; "" after a stop string."""
+        self._ids += tokens
+        before = self._tokenizer.decode(self._ids[self._from : self._to], skip_special_tokens=True)
+        text = self._tokenizer.decode(self._ids[self._from :], skip_special_tokens=True)
+        if self.stopped or text.endswith(_INCOMPLETE) or len(text) <= len(before):
+            return ""
+        self._from, self._to = self._to, len(self._ids)
+        return self._release(text[len(before) :])
+
+    def rest(self) -> str:
+        """What was held back, when no more tokens come."""
+        if self.stopped:
+            return ""
+        before = self._tokenizer.decode(self._ids[self._from : self._to], skip_special_tokens=True)
+        text = self._tokenizer.decode(self._ids[self._from :], skip_special_tokens=True)
+        return self._release(text[len(before) :]) + ("" if self.stopped else self._held)
+
+    def _release(self, text: str) -> str:
+        text = self._held + text
+        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many of the last characters may be the first ones of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Continuation:
+    """A prompt in a decoder, and its text."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, prompt: Prompt, sampling: Sampling):
+        self.row: Row = decoder.add(prompt.ids, sampling, prompt.end_ids)
+        self.text = ""
+        self._stream = TextStream(tokenizer, prompt.ids, (*sampling.stop, *prompt.stop))
+        self._read = 0
+
+    def news(self) -> str:
+        """The text that has come since the last call; ends the row where that has a stop string."""
+        text = self._stream.add(self.row.new[self._read :])
+        self._read = len(self.row.new)
+        if self.row.finish is not None:
+            text += self._stream.rest()
+        if self._stream.stopped:
+            self.row.finish = "stop"
+        self.text += text
+        return text
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`tokens` are those that were generated, without the one that ended it."""
+
+    text: str
+    tokens: int
+    finish: Finish
+
+
+def stream(model: Any, tokenizer: Tokenizer, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+    """Pieces of text as they come. Raises DataError for a prompt that is empty or too long."""
+    decoder = Decoder(model)
+    one = Continuation(decoder, tokenizer, prompt, sampling)
+    while True:
+        if piece := one.news():
+            yield piece
+        if one.row.finish is not None:
+            return
+        decoder.step()
+
+
+def complete(
+    model: Any, tokenizer: Tokenizer, prompts: Iterable[Prompt], sampling: Sampling, batch_size: int = 16
+) -> list[Completion]:
+    """The continuations in the order of their prompts, at most `batch_size` at a time, a new one as soon as one ends.
+
+    Each row has its own random numbers, so it is the same in any batch. Raises DataError as `stream`.
+    """
+    decoder, waiting = Decoder(model), deque(prompts)
+    everything: list[Continuation] = []
+    active: list[Continuation] = []
+    while waiting or active:
+        while waiting and len(active) < batch_size:
+            active.append(Continuation(decoder, tokenizer, waiting.popleft(), sampling))
+            everything.append(active[-1])
+        for one in active:
+            one.news()
+        active = [one for one in active if one.row.finish is None]
+        decoder.step()
+    return [Completion(one.text, len(one.row.new), one.row.finish or "length") for one in everything]

@@ -1,0 +1,123 @@
+"""`dsgpt generate` and `dsgpt chat` as one types them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from dsgpt.checkpoint.inference import load_for_use
+from dsgpt.cli import cli
+from dsgpt.errors import DataError, OutOfMemoryError
+from dsgpt.generate.chat import Chat
+from dsgpt.generate.sampling import Sampling
+from dsgpt.generate.text import complete, text_prompt
+from tests.chat_folder import CONTEXT
+
+GREEDY = ("--temperature", "0", "--max-new-tokens", "12")
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], **options)
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folder):
+    return load_for_use(str(model_folder), "cpu")
+
+
+def expected(loaded, prompts):
+    return [one.text for one in complete(loaded.model, loaded.tokenizer, prompts, Sampling(12, temperature=0))]
+
+
+def test_prompts_come_as_options_as_lines_and_as_records(loaded, model_folder, tmp_path):
+    texts = ["import os", "def f(x):", "class A"]
+    ways = expected(loaded, [text_prompt(loaded.tokenizer, text) for text in texts])
+    one = json.loads(run("generate", model_folder, "--prompt", texts[0], *GREEDY, "--json").stdout)
+    assert (one["prompt"], one["text"], one["tokens"], one["finish"]) == (texts[0], ways[0], 12, "length")
+    (tmp_path / "p.txt").write_text("\n\n".join(texts))
+    shown = run("generate", model_folder, "--prompts", tmp_path / "p.txt", *GREEDY, "--json").stdout.splitlines()
+    assert [json.loads(line)["text"] for line in shown] == ways
+    given = [word for text in texts for word in ("--prompt", text)]
+    shown = run("generate", model_folder, *given, *GREEDY, "--batch-size", 2).stdout
+    assert shown == "".join(f"{text}{way}\n" for text, way in zip(texts, ways, strict=True))
+    messages = [{"role": "user", "content": "Hello"}]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": messages, "id": 7}) + "\n")
+    record = json.loads(run("generate", model_folder, "--prompts", tmp_path / "p.jsonl", *GREEDY, "--json").stdout)
+    assert record["id"] == 7 and [record["text"]] == expected(loaded, [Chat(loaded.tokenizer).prompt(messages)])
+
+
+@pytest.mark.parametrize(
+    "content, seen",
+    [
+        ("p.jsonl", b"{"),
+        ("p.jsonl", b'{"text": "x"}'),
+        ("p.txt", b"\xff\xfe"),
+        ("p.txt", b"\n \n"),
+        ("p.jsonl", b'{"messages": []}'),
+        ("p.txt", b"word " * 500),
+    ],
+    ids=["json", "record", "utf-8", "empty", "no-message", "too-long"],
+)
+def test_prompts_that_are_none_say_why(content, seen, model_folder, tmp_path):
+    (tmp_path / content).write_bytes(seen)
+    done = run("generate", model_folder, "--prompts", tmp_path / content)
+    assert isinstance(done.exception, DataError)
+    assert any(word in str(done.exception) for word in ("seen", "no message", "there are no prompts"))
+
+
+def test_options_that_cannot_be_are_refused_at_once(model_folder):
+    for wrong in (
+        ("--top-p", "0"),
+        ("--top-k", "-1"),
+        ("--repetition-penalty", "0"),
+        ("--stop", ""),
+        ("--prompts", "x"),
+    ):
+        done = run("generate", model_folder, "--prompt", "x", *wrong)
+        assert done.exit_code == 2, (wrong, done.output)
+    assert run("generate", model_folder).exit_code == 2
+
+
+def test_a_chat_remembers_and_begins_anew(loaded, model_folder):
+    talk, system = Chat(loaded.tokenizer), {"role": "system", "content": "Be brief."}
+    lines = ["Hello", "And now?", "/reset", "Hello"]
+    done = run("chat", model_folder, "--system", "Be brief.", *GREEDY, input="\n".join(lines) + "\n")
+    first = {"role": "user", "content": "Hello"}
+    (one,) = expected(loaded, [talk.prompt([system, first])])
+    said = [system, first, {"role": "assistant", "content": one}, {"role": "user", "content": "And now?"}]
+    (two,) = expected(loaded, [talk.prompt(said)])
+    assert done.stdout == f"{one}\n{two}\n{one}\n".replace("\r\n", "\n") and one != two
+
+
+def test_a_chat_that_outgrows_the_context_leaves_out_its_oldest_turns_and_says_so(model_folder):
+    line = "word " * 12
+    done = run("chat", model_folder, *GREEDY, input=f"{line}\n" * 6)
+    assert done.exit_code == 0 and "oldest" in done.stderr
+    assert len(done.stdout.splitlines()) >= 6
+    done = run("chat", model_folder, *GREEDY, input="word " * CONTEXT)
+    assert isinstance(done.exception, DataError) and "does not fit" in str(done.exception)
+
+
+def test_templates_are_the_tokenizers_or_given_never_guessed(model_folder, tmp_path):
+    template = model_folder / "chat_template.jinja"
+    text = template.read_text()
+    template.unlink()
+    try:
+        done = run("chat", model_folder, *GREEDY, input="Hello\n")
+        assert isinstance(done.exception, DataError) and "--chat-template" in str(done.exception)
+        assert run("chat", model_folder, "--chat-template", "chatml", *GREEDY, input="Hello\n").exit_code == 0
+        (tmp_path / "own.jinja").write_text(text)
+        given = ("--chat-template", tmp_path / "own.jinja")
+        assert run("chat", model_folder, *given, *GREEDY, input="Hello\n").exit_code == 0
+        done = run("chat", model_folder, "--chat-template", "mistral", input="Hello\n")
+        assert done.exit_code == 2 and "neither chatml nor" in done.output
+    finally:
+        template.write_text(text)
+
+
+def test_a_model_that_does_not_fit_is_refused_with_what_to_do(model_folder, monkeypatch):
+    monkeypatch.setattr("dsgpt.checkpoint.inference.available_memory_bytes", lambda: 1000)
+    done = run("generate", model_folder, "--prompt", "x", "--device", "cpu")
+    assert isinstance(done.exception, OutOfMemoryError) and "dsgpt checkpoint export" in str(done.exception)
