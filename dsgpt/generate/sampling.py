@@ -47,13 +47,15 @@ class Sampler:
 
     def choose(self, logits: Tensor) -> int:
         """The next token, given its logits (V,) in fp32. Raises NumericalError where they are no numbers."""
-        if logits.isnan().any():
-            raise NumericalError("the model's logits are not numbers", do="evaluate it: its weights may have diverged")
         penalty = self._sampling.repetition_penalty
         if self._seen is not None:
             penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where(self._seen, penalised, logits)
-        token = int(logits.argmax()) if self._sampling.temperature <= 0 else self._draw(logits)
+        # What is not a number counts as the largest, to argmax as to topk.
+        largest = logits.argmax()
+        if logits[largest].isnan():
+            raise NumericalError("the model's logits are not numbers", do="evaluate it: its weights may have diverged")
+        token = int(largest) if self._sampling.temperature <= 0 else self._draw(logits)
         if self._seen is not None:
             self._seen[token] = True
         return token

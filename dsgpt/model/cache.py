@@ -19,16 +19,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+_SPARE_COLUMNS = 64  # added whenever a layer is full, so that a step copies nothing but its own column
+
+
 class KeyValueCache:
     """One pair (B, K, S, D) per layer, of B rows; `starts` is empty where no row has padding."""
 
     def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # with columns to spare
+        self._filled: list[int] = []
         self.starts: list[int] = []
 
     @property
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        pairs = zip(self._buffers, self._filled, strict=True)
+        return [(keys[:, :, :filled], values[:, :, :filled]) for (keys, values), filled in pairs]
+
+    @layers.setter
+    def layers(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self._buffers, self._filled = pairs, [keys.shape[2] for keys, _ in pairs]
+
+    @property
     def length(self) -> int:
-        return self.layers[0][0].shape[2] if self.layers else 0
+        return self._filled[0] if self._filled else 0
 
     @property
     def num_rows(self) -> int:
@@ -36,12 +49,19 @@ class KeyValueCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add columns to a layer; all its keys and values."""
-        if layer == len(self.layers):
-            self.layers.append((keys, values))
-        else:
-            old_keys, old_values = self.layers[layer]
-            self.layers[layer] = (torch.cat((old_keys, keys), dim=2), torch.cat((old_values, values), dim=2))
-        return self.layers[layer]
+        if layer == len(self._buffers):
+            self._buffers.append((keys, values))
+            self._filled.append(keys.shape[2])
+            return keys, values
+        old, end = self._filled[layer], self._filled[layer] + keys.shape[2]
+        if end > self._buffers[layer][0].shape[2]:
+            more = end - old + _SPARE_COLUMNS
+            self._buffers[layer] = tuple(F.pad(x[:, :, :old], (0, 0, 0, more)) for x in self._buffers[layer])
+        for buffer, new in zip(self._buffers[layer], (keys, values), strict=True):
+            buffer[:, :, old:end] = new
+        self._filled[layer] = end
+        all_keys, all_values = self._buffers[layer]
+        return all_keys[:, :, :end], all_values[:, :, :end]
 
     def first_columns(self, device: torch.device) -> Tensor | None:
         """(B,) where each row begins; None where all begin with the first column."""

@@ -20,7 +20,7 @@ _LOGIT_CHUNK_ELEMENTS = {"cuda": 1 << 25, "cpu": 1 << 21}
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, eq. 4), statistics in fp32. (..., C) -> (..., C)."""
-    if x.is_cuda:
+    if x.is_cuda or not torch.is_grad_enabled():
         return F.rms_norm(x, weight.shape, weight, eps)  # one fused kernel, which keeps as little as ours
     return _RMSNorm.apply(x, weight, eps)
 
@@ -51,7 +51,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     The two halves of D form the rotated pairs, as in Hugging Face's Llama; so do the two halves of `cos` and `sin`, which
     are equal.
     """
-    return _Rotate.apply(x, cos, sin)
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _rotated(x, cos, sin, 1)
 
 
 class _Rotate(torch.autograd.Function):
@@ -79,7 +79,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020, eq. 6), elementwise."""
-    return _SwiGLU.apply(gate, up)
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
 class _SwiGLU(torch.autograd.Function):

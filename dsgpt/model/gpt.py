@@ -144,8 +144,12 @@ class Attention(nn.Module):
             q, k = rotate(q, *context.angles), rotate(k, *context.angles)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
-        if self.num_kv_heads != self.num_heads:
-            groups = self.num_heads // self.num_kv_heads
+        groups = self.num_heads // self.num_kv_heads
+        if groups > 1 and length == 1 and context.cache is not None:
+            # One position: the query heads of a group are as many queries to its one key head, and nothing is copied.
+            y = F.scaled_dot_product_attention(q.view(batch, self.num_kv_heads, groups, self.head_dim), k, v, context.mask)
+            return self.o_proj(y.reshape(batch, 1, -1))
+        if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         dropout = self.dropout if self.training else 0.0
         if context.lengths is not None:

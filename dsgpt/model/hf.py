@@ -160,7 +160,9 @@ def build_hf(config: HFModelConfig) -> nn.Module:
     model.transformers_forward = model.forward
     model.forward = types.MethodType(_forward, model)
     model.gives_mask = False
-    model.keeps_logits = "logits_to_keep" in inspect.signature(model.transformers_forward).parameters
+    arguments = inspect.signature(model.transformers_forward).parameters
+    model.keeps_logits = "logits_to_keep" in arguments
+    model.cache_argument = "cache" if "cache" in arguments else "past_key_values"  # as releases before 5.20 call it
     model.new_cache = HFCache
     return model
 
@@ -171,11 +173,15 @@ class HFCache(KeyValueCache):
     def __init__(self) -> None:
         from transformers import DynamicCache
 
-        self.past = DynamicCache()
         super().__init__()
+        self.past = DynamicCache()
 
     @property
-    def layers(self) -> list[tuple[Tensor, Tensor]]:  # type: ignore[override]
+    def length(self) -> int:
+        return int(self.past.get_seq_length())
+
+    @property
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
         return [(layer.keys, layer.values) for layer in self.past.layers]
 
     @layers.setter
@@ -203,7 +209,7 @@ def _forward(
     """As `GPT.forward`: logits (B, T, V) or (B, 1, V), or with `labels` (B, T), already shifted, the summed cross-entropy."""
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": cache is not None}
     if cache is not None:
-        inputs["past_key_values"] = cache.past
+        inputs[model.cache_argument] = cache.past
         if (starts := cache.first_columns(input_ids.device)) is not None:
             columns = torch.arange(cache.length + input_ids.shape[1], device=input_ids.device)
             inputs |= {"position_ids": cache.positions(input_ids), "attention_mask": columns >= starts[:, None]}
