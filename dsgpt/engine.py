@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dsgpt.distributed import World
-from dsgpt.errors import NumericalError
+from dsgpt.errors import DsgptError, NumericalError
 from dsgpt.loss_scale import LossScale
 from dsgpt.model.batch_norm import BatchNorm
-from dsgpt.partitioned import PartitionedState
+from dsgpt.partitioned import MASTER, Fragment, PartitionedState
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,41 @@ def give_values(module: nn.Module) -> None:
             values.normal_(std=0.02)
         else:
             values.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+class DividedModel(PartitionedState):
+    """A model of ZeRO-3 without an optimizer, all of it frozen: for evaluation."""
+
+    stage = 3
+
+    def __init__(self, model: nn.Module, config: Any, deepspeed_config: Mapping[str, Any], world: World):
+        self.world, self.config = world, config
+        exact = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        model.requires_grad_(False).eval()
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=model, config=dict(deepspeed_config), dist_init_required=False
+        )
+        self.module = self._engine.module
+        self._parameters, self._frozen = {}, dict(self.module.named_parameters())
+        for name, buffer in self.module.named_buffers():
+            buffer.data = exact[name].to(buffer.device)  # DeepSpeed casts them to 16 bits with the rest
+
+    def fill(self, source: Callable[[Fragment, str], Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """This rank's parts of all parameters. Raises the source's error on all ranks."""
+        error: DsgptError | None = None
+        try:
+            for fragment in self.frozen_fragments():
+                self._frozen_view(fragment).copy_(source(fragment, MASTER))
+        except DsgptError as problem:
+            error = problem
+        self._agree_on(error)
+        self.load_buffers(buffers)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The summed loss of this rank's batch. All ranks must call it."""
+        self._engine.eval()
+        return self._engine(**batch)
 
 
 class Engine(PartitionedState):

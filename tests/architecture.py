@@ -27,6 +27,7 @@ SIDEWAYS = {
     ("verdict", "process"),
     ("lease", "process"),
     ("data", "tokenizer"),
+    ("evaluate", "generate"),
     ("checkpoint", "engine"),
     ("cli", "quickstart"),
     ("__main__", "cli"),
@@ -39,6 +40,8 @@ DOORS = {
     "datasets": ("dsgpt.data",),
     "peft": ("dsgpt.model",),
     "huggingface_hub": ("dsgpt.hub",),
+    "lm_eval": ("dsgpt.evaluate",),
+    "rouge_score": ("dsgpt.evaluate",),
     "starlette": ("dsgpt.serve",),
     "uvicorn": ("dsgpt.serve",),
 }

@@ -64,7 +64,7 @@ def print_outcome(name: str, outcome: Outcome, seed: int) -> bool:
         verdict = ("yes" if row.holds else "NO") if row.must else ""
         table.add_row(row.label, f"{row.value:.4g} {row.unit}".strip(), row.must, verdict, row.note)
     Console().print(table)
-    holds = all(row.holds for row in outcome.rows)
+    holds = bool(outcome.rows) and all(row.holds for row in outcome.rows)  # what measured nothing holds nothing
     line = {
         "name": name,
         "value": {row.label: row.value for row in outcome.rows},

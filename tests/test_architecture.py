@@ -94,7 +94,7 @@ def _setup() -> configparser.ConfigParser:
 
 def test_every_library_that_is_imported_is_declared() -> None:
     options, extras = _setup()["options"], _setup()["options.extras_require"]
-    lines = [*options["install_requires"].split("\n"), *extras["serve"].split("\n")]
+    lines = "\n".join((options["install_requires"], extras["serve"], extras["eval"])).split("\n")
     declared = {re.split(r"[^\w.-]", line)[0].lower() for line in lines if line}
     imported = {target.split(".")[0]: name for name, module in MODULES.items() for target, _ in imports(module)}
     foreign = {

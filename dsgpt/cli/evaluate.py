@@ -1,11 +1,22 @@
-"""`dsgpt evaluate MODEL (--text FILE… | --data DIR)`: loss, perplexity and bits per byte."""
+"""`dsgpt evaluate MODEL`: loss and bits per byte of texts or data; answers, choices and tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from dsgpt.cli.using import model_options, with_options
+
+if TYPE_CHECKING:
+    from dsgpt.checkpoint.inference import Loaded
+    from dsgpt.evaluate.loss import Evaluation
+    from dsgpt.evaluate.questions import PromptWriter, Question
+
+_WAYS = ("texts", "data", "answers", "choices", "harness")
 
 
 @click.command()
@@ -14,44 +25,152 @@ import click
               help="A text file, evaluated as one document; may be given several times.")  # fmt: skip
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A prepared dataset.")
 @click.option("--split", default="validation", show_default=True, help="Which split of --data.")
-@click.option("--samples", type=click.IntRange(1), help="Only the first so many sequences of --data.")
-@click.option("--trust-checkpoint", is_flag=True, help="Read pytorch_model.bin too, which may execute code.")
+@click.option("--answers", type=click.Path(exists=True, path_type=Path),
+              help="Questions with answers, to which the model's are compared: ROUGE, token F1, exact match.")  # fmt: skip
+@click.option("--choices", type=click.Path(exists=True, path_type=Path),
+              help="The same, but the likeliest is chosen of a record's `choices`, or of all answers there.")  # fmt: skip
+@click.option("--harness", metavar="TASK[,TASK…]", help="Tasks of lm-evaluation-harness.")
+@click.option("--harness-folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="A folder with task files of your own.")  # fmt: skip
+@click.option("--num-processes", type=click.IntRange(1),
+              help="Divide the model over so many ranks of this machine (ZeRO 3), for --data; in srun, over all.")  # fmt: skip
+@click.option("--samples", type=click.IntRange(1), help="Only the first so many sequences, questions or samples.")
+@click.option("--max-new-tokens", default=100, show_default=True, type=click.IntRange(1), help="Of an answer.")
+@click.option("--long-input", type=click.Choice(("refuse", "lead", "chunk_and_merge")), default="refuse", show_default=True,
+              help="What to do with an input beyond the context.")  # fmt: skip
+@click.option(
+    "--chat-template", help="A Jinja file, chatml, or none for plain text.  [default: the tokenizer's, or none]"
+)
+@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Rows computed together.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path),
+              help="Write each question's result here, as JSON lines.")  # fmt: skip
+@with_options(model_options)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(
-    model: str,
-    texts: tuple[Path, ...],
-    data: Path | None,
-    split: str,
-    samples: int | None,
-    trust_checkpoint: bool,
-    as_json: bool,
-) -> None:
+def evaluate(model: str, device: str, dtype: str, trust_checkpoint: bool, as_json: bool, **options: Any) -> None:
     """Evaluate MODEL: a run folder (RUN@STEP for an older commit), a checkpoint, or a Hugging Face folder.
 
-    Loss is the mean in nats per token. A document starts with BOS where the tokenizer has one.
+    Loss is the mean in nats per token. A document starts with BOS where the tokenizer has one. Answers are greedy;
+    intervals are of 95 %, by bootstrap over the questions.
     """
-    if bool(texts) == bool(data):
-        raise click.UsageError("give --text FILE (one or more) or --data DIR, not both")
-    from dsgpt.checkpoint.weights import find_model, load_model
-    from dsgpt.cli.common import print_json, waiting
-    from dsgpt.evaluate import evaluate_dataset, evaluate_texts
-    from dsgpt.tokenizer import Tokenizer
+    chosen = [name for name in _WAYS if options[name]]
+    if len(chosen) != 1:
+        raise click.UsageError("give one of --text, --data, --answers, --choices and --harness")
+    if options["num_processes"]:
+        from dsgpt.cli.evaluate_divided import evaluate_divided
 
-    location = find_model(model)
-    network, tokenizer = load_model(location, trust=trust_checkpoint), Tokenizer.load(location.tokenizer)
+        if chosen != ["data"]:
+            raise click.UsageError("--num-processes is for --data")
+        names = ("data", "split", "num_processes", "samples", "batch_size")
+        given = {"device": device, "dtype": dtype, "trust_checkpoint": trust_checkpoint, "json": as_json}
+        evaluate_divided(model, {name: options[name] for name in names} | given)
+    from dsgpt.cli.common import print_json, waiting
+    from dsgpt.cli.using import load
+
+    loaded = load(model, device, dtype, trust_checkpoint)
     with waiting("evaluating"):
-        if data is not None:
-            result = evaluate_dataset(network, tokenizer, data, split, samples)
-        else:
-            result = evaluate_texts(network, tokenizer, [_read(path) for path in texts])
+        lines, found = _EVALUATIONS[chosen[0]](loaded, options)
     if as_json:
-        print_json({"model": str(location.path), **result.as_dict()})
+        print_json({"model": str(loaded.location.path), **found})
         return
-    click.echo(f"loss           {result.loss:.4f} nats per token")
-    click.echo(f"perplexity     {result.perplexity:.3f}")
+    for name, value in lines:
+        click.echo(f"{name:<14} {value}")
+
+
+Result = tuple[list[tuple[str, str]], dict[str, Any]]
+
+
+def _loss(loaded: Loaded, options: dict[str, Any]) -> Result:
+    from dsgpt.evaluate.loss import evaluate_dataset, evaluate_texts
+
+    if options["data"] is not None:
+        split, samples = options["split"], options["samples"]
+        result = evaluate_dataset(loaded.model, loaded.tokenizer, options["data"], split, samples)
+    else:
+        result = evaluate_texts(loaded.model, loaded.tokenizer, [_read(path) for path in options["texts"]])
+    return loss_lines(result), result.as_dict()
+
+
+def loss_lines(result: Evaluation) -> list[tuple[str, str]]:
+    """What is printed of a loss."""
+    lines = [("loss", f"{result.loss:.4f} nats per token"), ("perplexity", f"{result.perplexity:.3f}")]
     if not math.isnan(result.bits_per_byte):  # chats, and files that do not say how much text they hold, have none
-        click.echo(f"bits per byte  {result.bits_per_byte:.4f}")
-    click.echo(f"tokens         {result.tokens}")
+        lines.append(("bits per byte", f"{result.bits_per_byte:.4f}"))
+    return [*lines, ("tokens", str(result.tokens))]
+
+
+def _answers(loaded: Loaded, options: dict[str, Any]) -> Result:
+    from dsgpt.evaluate.answers import evaluate_answers
+
+    questions, writer = _questions(loaded, options["answers"], options, options["max_new_tokens"])
+    report = evaluate_answers(loaded.model, loaded.tokenizer, questions, writer, options["batch_size"])
+    rows = [
+        {"answer": answer, "reference": question.answer, **{name: its[i] for name, its in report.scores.items()}}
+        for i, (question, answer) in enumerate(zip(questions, report.answers, strict=True))
+    ]
+    _write(options["output"], rows)
+    numbers = report.numbers
+    lines = [(name.replace("_", " "), str(number)) for name, number in numbers.items()]
+    lines += [("questions", str(len(questions))), ("long inputs", writer.told()), ("tokens", str(report.tokens))]
+    found = {name: vars(number) for name, number in numbers.items()}
+    return lines, {**found, "questions": len(questions), "tokens": report.tokens, "long_inputs": dict(writer.counts)}
+
+
+def _choices(loaded: Loaded, options: dict[str, Any]) -> Result:
+    from dsgpt.evaluate.choices import evaluate_choices
+
+    questions, writer = _questions(loaded, options["choices"], options, 1)
+    report = evaluate_choices(loaded.model, loaded.tokenizer, questions, writer, options["batch_size"])
+    rows = [
+        {"choice": one, "answer": two, "loss": loss}
+        for one, two, loss in zip(report.chosen, report.answers, report.losses, strict=True)
+    ]
+    _write(options["output"], rows)
+    accuracy, f1 = report.accuracy, report.macro_f1
+    lines = [
+        ("accuracy", f"{accuracy}; by chance {report.chance:.3f}, the most frequent always {report.majority:.3f}"),
+        ("macro-F1", f"{f1}; the most frequent always {report.majority_macro_f1:.3f}"),
+        ("loss", f"{report.loss:.4f} nats per token of the right answer"),
+        ("questions", str(len(questions))),
+        ("long inputs", writer.told()),
+    ]
+    found = {"accuracy": vars(accuracy), "macro_f1": vars(f1), "chance": report.chance, "majority": report.majority}
+    found |= {"majority_macro_f1": report.majority_macro_f1, "loss": report.loss}
+    return lines, {**found, "questions": len(questions), "long_inputs": dict(writer.counts)}
+
+
+def _harness(loaded: Loaded, options: dict[str, Any]) -> Result:
+    from dsgpt.evaluate.harness import run_tasks
+
+    names = [name for name in options["harness"].split(",") if name]
+    results = run_tasks(loaded, names, options["harness_folder"], options["samples"], options["batch_size"])
+    lines = [
+        (task, f"{metric}: {value:.4f}")
+        for task, numbers in results.items()
+        for metric, value in numbers.items()
+        if isinstance(value, float)
+    ]
+    return lines, {"results": results}
+
+
+_EVALUATIONS = {"texts": _loss, "data": _loss, "answers": _answers, "choices": _choices, "harness": _harness}
+
+
+def _questions(loaded: Loaded, path: Path, options: dict[str, Any], room: int) -> tuple[list[Question], PromptWriter]:
+    from dsgpt.cli.using import read_template
+    from dsgpt.evaluate.questions import PromptWriter, read_questions
+    from dsgpt.generate.chat import Chat
+
+    given = options["chat_template"]
+    has_template = loaded.tokenizer.chat_template is not None if given is None else given != "none"
+    chat = Chat(loaded.tokenizer, read_template(given)) if has_template else None
+    context = loaded.model.config.max_position_embeddings
+    writer = PromptWriter(loaded.tokenizer, chat, context, room, options["long_input"])
+    return read_questions(path, options["samples"]), writer
+
+
+def _write(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    if path is not None:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def _read(path: Path) -> str:

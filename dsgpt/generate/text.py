@@ -7,7 +7,7 @@ completions = complete(model, tokenizer, prompts, sampling, batch_size=16)
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,11 @@ _INCOMPLETE = "\ufffd"  # what the bytes of a character become before all of the
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to continue: its ids, and what ends the continuation beside what the user asks for."""
+    """What to continue: its ids, and what ends the continuation beside what the user asks for: tokens, of which the first is
+    the one that the model was taught, and texts."""
 
     ids: list[int]
-    end_ids: Collection[int] = ()
+    end_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
 
 
@@ -32,7 +33,7 @@ def text_prompt(tokenizer: Tokenizer, text: str) -> Prompt:
     """A text as documents begin in training: after BOS, where the tokenizer has one, or after the end of another."""
     ids = tokenizer.encode(text)
     begin = tokenizer.bos_id if tokenizer.bos_id is not None or ids else tokenizer.eos_id
-    return Prompt([*([] if begin is None else [begin]), *ids], [] if tokenizer.eos_id is None else [tokenizer.eos_id])
+    return Prompt([*([] if begin is None else [begin]), *ids], () if tokenizer.eos_id is None else (tokenizer.eos_id,))
 
 
 class TextStream:

@@ -20,9 +20,12 @@ def expected_hosts() -> list[str]:
     return slurm.expand_hosts(listed) if listed and slurm.in_step() else []
 
 
-def run_local_ranks(arguments: Sequence[str]) -> int:
-    """Run `dsgpt ARGUMENTS` once per GPU, or CPU_RANKS times, on this machine; returns the highest exit code."""
-    number = detect().num_gpus or CPU_RANKS
+def run_local_ranks(arguments: Sequence[str], number: int | None = None) -> int:
+    """Run `dsgpt ARGUMENTS` `number` times on this machine, once per GPU or CPU_RANKS times by default.
+
+    Returns the highest exit code.
+    """
+    number = number or detect().num_gpus or CPU_RANKS
     where = (
         "; for all nodes of this job: srun python -m dsgpt " + " ".join(arguments) if slurm.get("SLURM_JOB_ID") else ""
     )

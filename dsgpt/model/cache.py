@@ -2,6 +2,7 @@
 
     cache = model.new_cache()
     logits = model(prompt, cache=cache)             # (1, T, V)
+    several = cache.repeat(4)                       # to go on from it in four ways
     cache.join(other)                               # the rows of another cache come after its own
     cache.keep([0, 2])                              # the others have ended
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 
 _SPARE_COLUMNS = 64  # added whenever a layer is full, so that a step copies nothing but its own column
 
@@ -72,6 +72,13 @@ class KeyValueCache:
         here = torch.arange(self.length, self.length + input_ids.shape[1], device=input_ids.device)[None]
         starts = self.first_columns(input_ids.device)
         return here.expand_as(input_ids) if starts is None else here - starts[:, None]
+
+    def repeat(self, times: int) -> KeyValueCache:
+        """Another cache, in which the one row of this one stands so often."""
+        other = type(self)()
+        for layer, pair in enumerate(self.layers):
+            other.append(layer, *(x.expand(times, -1, -1, -1) for x in pair))
+        return other
 
     def join(self, other: KeyValueCache) -> None:
         """Take over the rows of another cache, after these."""

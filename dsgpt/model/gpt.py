@@ -147,7 +147,9 @@ class Attention(nn.Module):
         groups = self.num_heads // self.num_kv_heads
         if groups > 1 and length == 1 and context.cache is not None:
             # One position: the query heads of a group are as many queries to its one key head, and nothing is copied.
-            y = F.scaled_dot_product_attention(q.view(batch, self.num_kv_heads, groups, self.head_dim), k, v, context.mask)
+            y = F.scaled_dot_product_attention(
+                q.view(batch, self.num_kv_heads, groups, self.head_dim), k, v, context.mask
+            )
             return self.o_proj(y.reshape(batch, 1, -1))
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

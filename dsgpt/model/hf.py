@@ -189,6 +189,9 @@ class HFCache(KeyValueCache):
         for layer, (keys, values) in zip(self.past.layers, pairs, strict=True):
             layer.keys, layer.values = keys, values
 
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.past.update(keys, values, layer)
+
 
 def _head(head: nn.Linear, scale: float, softcap: float, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
     """Logits as the plain layer gives them, or the summed loss. Inside the layer, because ZeRO-3 gathers its weight there."""

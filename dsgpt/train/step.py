@@ -19,7 +19,7 @@ from dsgpt.data.dataset import SampleStream
 from dsgpt.data.mixture import MixtureStream
 from dsgpt.distributed import World
 from dsgpt.engine import Engine
-from dsgpt.evaluate import Batch, to_tensors
+from dsgpt.evaluate.loss import Batch, to_tensors
 
 _MASK_64 = (1 << 64) - 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from dsgpt.evaluate import Evaluation, evaluate_split, pool
+from dsgpt.evaluate.loss import Evaluation, evaluate_split, pool
 from dsgpt.train.save import record_evaluation
 from dsgpt.train.stopping import is_agreed
 

@@ -14,7 +14,7 @@ from dsgpt.checkpoint import commit
 from dsgpt.checkpoint.weights import find_model, load_model
 from dsgpt.cli import cli
 from dsgpt.errors import CheckpointError, DataError
-from dsgpt.evaluate import evaluate_dataset, evaluate_texts
+from dsgpt.evaluate.loss import evaluate_dataset, evaluate_texts
 from dsgpt.tokenizer.tokenizer import Tokenizer
 from tests.integration.test_resume import train_here
 from tests.pool import ranks

@@ -13,12 +13,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dsgpt.config import ModelConfig
 from dsgpt.data.dataset import BlockDataset, Samples, read_samples
 from dsgpt.data.foreign import find_manifest, is_foreign
 from dsgpt.data.mixture import open_samples
@@ -27,6 +28,9 @@ from dsgpt.errors import DataError
 from dsgpt.model.functional import IGNORE_INDEX
 from dsgpt.model.gpt import GPT, PADDING
 from dsgpt.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dsgpt.engine import DividedModel
 
 Batch = dict[str, Tensor]
 
@@ -121,16 +125,14 @@ def _rank_batches(
         yield arrays
 
 
-def evaluate_dataset(
-    model: Any, tokenizer: Tokenizer, folder: Path, split: str, limit: int | None = None, micro_batch: int = 8
-) -> Evaluation:
-    """One split of a prepared dataset, in samples of the model's context, on one device.
+def open_split(folder: Path, split: str, config: ModelConfig, tokenizer: Tokenizer) -> Samples:
+    """One split of a prepared dataset, in samples of the model's context.
 
-    Raises DataError when the dataset's tokenizer is not the model's or the split is not there, and ConfigError where the
-    model cannot keep documents in one row apart. What does not say which tokenizer made it is taken to be the model's.
+    Raises DataError when the dataset's tokenizer is not the model's or the split is not there. What does not say which
+    tokenizer made it is taken to be the model's.
     """
-    manifest, context = find_manifest(folder), model.config.max_position_embeddings
-    dataset = open_samples(folder, manifest, split, context, vocab_size=model.config.vocab_size)
+    manifest = find_manifest(folder)
+    dataset = open_samples(folder, manifest, split, config.max_position_embeddings, vocab_size=config.vocab_size)
     theirs = manifest.tokenizer.sha256
     if not is_foreign(manifest) and theirs != tokenizer.sha256:
         raise DataError(
@@ -138,6 +140,17 @@ def evaluate_dataset(
             seen=f"dataset {theirs[:12]}, model {tokenizer.sha256[:12]}",
             do="prepare the text again with the model's tokenizer",
         )
+    return dataset
+
+
+def evaluate_dataset(
+    model: Any, tokenizer: Tokenizer, folder: Path, split: str, limit: int | None = None, micro_batch: int = 8
+) -> Evaluation:
+    """One split of a prepared dataset, on one device.
+
+    Raises DataError as `open_split`, and ConfigError where the model cannot keep documents in one row apart.
+    """
+    dataset = open_split(folder, split, model.config, tokenizer)
     model.eval()
     world = World(device=next(model.parameters()).device)
     if not isinstance(model, GPT):
@@ -146,6 +159,18 @@ def evaluate_dataset(
         check_forward(model, model.config.vocab_size, world.device)  # keeps documents apart
     with torch.no_grad():
         return evaluate_split(lambda batch: model(**batch), dataset, world, micro_batch, limit)
+
+
+def evaluate_divided(
+    model: DividedModel, tokenizer: Tokenizer, folder: Path, split: str, limit: int | None, micro_batch: int
+) -> Evaluation:
+    """The same of a model that is divided over ranks; a collective with the same result everywhere."""
+    dataset = open_split(folder, split, model.config, tokenizer)
+    if not isinstance(model.module, GPT):
+        from dsgpt.model.hf import check_forward
+
+        check_forward(model.module, model.config.vocab_size, model.world.device)
+    return evaluate_split(model.evaluate, dataset, model.world, micro_batch, limit)
 
 
 @torch.no_grad()

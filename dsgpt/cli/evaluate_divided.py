@@ -1,0 +1,74 @@
+"""`dsgpt evaluate MODEL --data DIR --num-processes N`: over several ranks, the model divided among them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from dsgpt.launch import slurm
+from dsgpt.launch.local_ranks import expected_hosts, run_local_ranks
+
+
+def evaluate_divided(model: str, arguments: dict[str, Any]) -> NoReturn:
+    """Start the ranks here, or be one of those that a launcher has started; ends the process."""
+    slurm.adopt_rank_environment()
+    if "RANK" not in os.environ:
+        words = [word for name, value in arguments.items() for word in _words(name, value)]
+        raise SystemExit(run_local_ranks(["evaluate", model, *words], arguments["num_processes"]))
+    code = 0
+    try:
+        _rank(model, arguments)
+    except Exception as error:
+        code = _tell(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of a broken network may never end
+
+
+def _words(name: str, value: Any) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    if value is None or value is False:
+        return []
+    return [option] if value is True else [option, str(value)]
+
+
+def _rank(model: str, arguments: dict[str, Any]) -> None:
+    from dsgpt import distributed, engine
+    from dsgpt.checkpoint.divided import load_divided
+    from dsgpt.checkpoint.weights import find_model
+    from dsgpt.cli.common import print_json
+    from dsgpt.cli.evaluate import loss_lines
+    from dsgpt.device import choose_device
+    from dsgpt.evaluate.loss import evaluate_divided as evaluate
+    from dsgpt.tokenizer import Tokenizer
+
+    engine.prepare_process()
+    device, dtype = choose_device(arguments["device"]), arguments["dtype"]
+    if dtype == "auto":
+        dtype = "bf16" if device.kind == "cuda" and device.bf16 else "fp32"
+    world = distributed.start(device.kind, expected_hosts=expected_hosts())
+    engine.init_distributed(world)
+    location, rows = find_model(model), arguments["batch_size"]
+    divided = load_divided(location, world, dtype, rows, arguments["trust_checkpoint"])
+    tokenizer = Tokenizer.load(location.tokenizer)
+    result = evaluate(divided, tokenizer, Path(arguments["data"]), arguments["split"], arguments["samples"], rows)
+    if world.is_main and arguments["json"]:
+        print_json({"model": str(location.path), "ranks": world.size, **result.as_dict()})
+    elif world.is_main:
+        for name, value in loss_lines(result):
+            click.echo(f"{name:<14} {value}")
+    distributed.last_barrier()
+
+
+def _tell(error: Exception) -> int:
+    """Say it once where all ranks have it, and the code of the contract."""
+    from dsgpt.errors import DsgptError, ExitCode
+    from dsgpt.process import complain
+
+    if not isinstance(error, DsgptError) or os.environ["RANK"] == "0":
+        complain(f"dsgpt evaluate: {error}")
+    return int(error.exit_code if isinstance(error, DsgptError) else ExitCode.INFRASTRUCTURE)

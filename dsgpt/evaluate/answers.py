@@ -1,0 +1,78 @@
+"""Answers that a model writes, compared with those of the records.
+
+    report = evaluate_answers(loaded.model, loaded.tokenizer, questions, writer, batch_size=16)
+    print(report.numbers["rougeL"])                 # 0.213 [0.196, 0.231]
+
+Answers are greedy, so that the same model gives the same numbers. Trade-off: metrics of words; whether an answer is true or
+helpful they do not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsgpt.evaluate.metrics import Number, exact_match, mean, rouge, token_f1
+from dsgpt.evaluate.questions import PromptWriter, Question
+from dsgpt.generate.sampling import Sampling
+from dsgpt.generate.text import Prompt, complete
+from dsgpt.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class AnswerReport:
+    """`scores` has for each metric one number a question, in their order; `numbers` their means with intervals."""
+
+    answers: list[str]
+    scores: dict[str, list[float]]
+    tokens: int  # that were generated
+
+    @property
+    def numbers(self) -> dict[str, Number]:
+        return {name: mean(values) for name, values in self.scores.items()}
+
+
+def evaluate_answers(
+    model: Any, tokenizer: Tokenizer, questions: Sequence[Question], writer: PromptWriter, batch_size: int = 16
+) -> AnswerReport:
+    """Ask every question, and score what is said. Raises DataError as `PromptWriter.prompts`."""
+    answers, tokens = write_answers(model, tokenizer, questions, writer, batch_size)
+    return AnswerReport(answers, score([question.answer for question in questions], answers), tokens)
+
+
+def score(references: Sequence[str], answers: Sequence[str]) -> dict[str, list[float]]:
+    """Of each answer: ROUGE-1, -2 and -L, token F1 and exact match."""
+    pairs = list(zip(references, answers, strict=True))
+    return rouge(references, answers) | {
+        "token_f1": [token_f1(*pair) for pair in pairs],
+        "exact_match": [exact_match(*pair) for pair in pairs],
+    }
+
+
+def write_answers(
+    model: Any, tokenizer: Tokenizer, questions: Sequence[Question], writer: PromptWriter, batch_size: int
+) -> tuple[list[str], int]:
+    """(the answers, how many tokens were generated for them); inputs in pieces are merged until one answer is left."""
+    sampling = Sampling(writer.room, temperature=0)
+    answers, tokens = [""] * len(questions), 0
+    open_ones: list[tuple[int, list[Prompt]]] = [
+        (number, writer.prompts(question)) for number, question in enumerate(questions)
+    ]
+    while open_ones:
+        asked = [prompt for _, prompts in open_ones for prompt in prompts]
+        said = iter(complete(model, tokenizer, asked, sampling, batch_size))
+        rest: list[tuple[int, list[Prompt]]] = []
+        for number, prompts in open_ones:
+            parts = [next(said) for _ in prompts]
+            tokens += sum(part.tokens for part in parts)
+            if len(parts) == 1:
+                answers[number] = parts[0].text.strip()
+                continue
+            merged = "\n".join(text for part in parts if (text := part.text.strip()))
+            further = writer.prompts(questions[number], merged)
+            if len(further) >= len(prompts):  # answers as long as their pieces: this would not end
+                further = further[:1]
+            rest.append((number, further))
+        open_ones = rest
+    return answers, tokens

@@ -1,0 +1,125 @@
+"""The likeliest of given answers, without generating: classification, routing, multiple choice.
+
+    report = evaluate_choices(loaded.model, loaded.tokenizer, questions, writer)
+    report.accuracy, report.macro_f1, report.majority
+
+The likelihood of a choice is that of all its tokens after the prompt and of the end of the turn, where the model has one:
+what the model would say, of all it could say. A question is read once; its choices continue from the same keys and values.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsgpt.evaluate.metrics import Number, bootstrap, macro_f1, mean
+from dsgpt.evaluate.questions import PromptWriter, Question
+from dsgpt.generate.text import Prompt
+from dsgpt.model.functional import IGNORE_INDEX
+from dsgpt.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ChoiceReport:
+    """`chosen` and `answers` are texts, `losses` the nats of each right answer and `tokens` how many tokens those have.
+
+    `chance` is the accuracy of guessing among the choices, `majority` that of always giving the most frequent answer of
+    this file, and `majority_macro_f1` its macro-F1.
+    """
+
+    chosen: list[str]
+    answers: list[str]
+    losses: list[float]
+    tokens: list[int]
+    chance: float
+
+    @property
+    def correct(self) -> list[float]:
+        return [float(one == two) for one, two in zip(self.chosen, self.answers, strict=True)]
+
+    @property
+    def accuracy(self) -> Number:
+        return mean(self.correct)
+
+    @property
+    def macro_f1(self) -> Number:
+        answers, chosen = np.array(self.answers), np.array(self.chosen)
+        return bootstrap(lambda indices: macro_f1(answers[indices], chosen[indices]), len(answers))
+
+    @property
+    def majority(self) -> float:
+        return Counter(self.answers).most_common(1)[0][1] / len(self.answers)
+
+    @property
+    def majority_macro_f1(self) -> float:
+        """Always the most frequent answer: only that class has hits."""
+        return 2 * self.majority / (1 + self.majority) / len(set(self.answers))
+
+    @property
+    def loss(self) -> float:
+        """Nats per token of the right answers."""
+        return sum(self.losses) / sum(self.tokens)
+
+
+def evaluate_choices(
+    model: Any, tokenizer: Tokenizer, questions: Sequence[Question], writer: PromptWriter, batch_size: int = 32
+) -> ChoiceReport:
+    """Choose among each question's own choices, or else among all answers of the file.
+
+    Raises DataError as `PromptWriter.prompts`.
+    """
+    everything = sorted({question.answer for question in questions})
+    report = ChoiceReport([], [], [], [], 0.0)
+    chances = []
+    for question in questions:
+        choices = list(question.choices) or everything
+        prompt = writer.prompts(question)[0]
+        sums, counts = log_likelihoods(
+            model, prompt, [answer_ids(tokenizer, prompt, one) for one in choices], batch_size
+        )
+        right = choices.index(question.answer)
+        report.chosen.append(choices[int(np.argmax(sums))])
+        report.answers.append(question.answer)
+        report.losses.append(-sums[right])
+        report.tokens.append(counts[right])
+        chances.append(1 / len(choices))
+    return ChoiceReport(report.chosen, report.answers, report.losses, report.tokens, float(np.mean(chances)))
+
+
+def answer_ids(tokenizer: Tokenizer, prompt: Prompt, text: str) -> list[int]:
+    """An answer as the model was taught to give it, with the end of its turn."""
+    if prompt.stop:  # a text, where the tokenizer has no token for it
+        return tokenizer.encode(text + prompt.stop[0])
+    return [*tokenizer.encode(text), *prompt.end_ids[:1]]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: Any, prompt: Prompt, answers: Sequence[Sequence[int]], batch_size: int
+) -> tuple[list[float], list[int]]:
+    """(nats of each answer after the prompt, number of its tokens). What does not fit into the context is left out of it."""
+    device = next(model.parameters()).device
+    context = model.config.max_position_embeddings
+    start = model.new_cache()
+    first = model(torch.tensor([prompt.ids], device=device), cache=start, last_only=True)[0, -1].float().log_softmax(-1)
+    sums: list[float] = []
+    answers = [list(answer[: context - len(prompt.ids) + 1]) for answer in answers]
+    for begin in range(0, len(answers), batch_size):
+        part = answers[begin : begin + batch_size]
+        width = max(1, max(len(answer) for answer in part) - 1)
+        ids = torch.zeros(len(part), width, dtype=torch.long)
+        labels = torch.full((len(part), width), IGNORE_INDEX)
+        for row, answer in enumerate(part):
+            ids[row, : len(answer) - 1] = torch.tensor(answer[:-1], dtype=torch.long)
+            labels[row, : len(answer) - 1] = torch.tensor(answer[1:], dtype=torch.long)
+        ids, labels = ids.to(device), labels.to(device)
+        logits = model(ids, cache=start.repeat(len(part))).float().log_softmax(-1)
+        picked = logits.gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0]
+        rest = torch.where(labels == IGNORE_INDEX, 0.0, picked).sum(1)
+        sums += [float(first[answer[0]] + its) for answer, its in zip(part, rest, strict=True)]
+    return sums, [len(answer) for answer in answers]

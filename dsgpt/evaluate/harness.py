@@ -1,0 +1,122 @@
+"""Tasks of lm-evaluation-harness, through its own interface for models.
+
+    results = run_tasks(loaded, ["hellaswag", "arc_easy"], folder=None, limit=None)
+
+The tasks, their prompts and their metrics are the harness's; dsgpt gives log-likelihoods and greedy texts. Tasks whose data
+lie on the Hub need it in the cache (HF_HUB_OFFLINE=1), or a task file in `folder` that names local files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dsgpt.checkpoint.inference import Loaded
+from dsgpt.errors import ConfigError
+from dsgpt.generate.decoder import Decoder
+from dsgpt.generate.sampling import Sampling
+from dsgpt.generate.text import Prompt, complete
+
+_DEFAULT_NEW_TOKENS = 256  # as the harness's own models
+
+
+def run_tasks(
+    loaded: Loaded, tasks: Sequence[str], folder: Path | None = None, limit: int | None = None, batch_size: int = 16
+) -> dict[str, Any]:
+    """The harness's results by task: each metric and its standard error. Raises ConfigError for tasks that are not there."""
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError as error:
+        raise ConfigError("lm-eval is not installed", do="pip install 'dsgpt[eval]'") from error
+    manager = TaskManager(include_path=str(folder) if folder else None)
+    if unknown := [name for name in tasks if name not in manager.all_tasks]:
+        do = "lm_eval ls tasks lists those of the harness; --harness-folder names a folder with task files of your own"
+        raise ConfigError("there is no such task", seen=", ".join(unknown), do=do)
+    model = _harness_model(loaded, batch_size)
+    done = lm_eval.simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False)
+    return dict(done["results"])
+
+
+def _harness_model(loaded: Loaded, batch_size: int) -> Any:
+    """A model as the harness wants it; its base class is imported with the harness."""
+    from lm_eval.api.model import LM
+
+    tokenizer = loaded.tokenizer
+
+    class Model(LM):  # type: ignore[misc]
+        def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+            return [_of_continuation(loaded, *request.args) for request in requests]
+
+        def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+            return [_of_text(loaded, request.args[0]) for request in requests]
+
+        def generate_until(self, requests: Sequence[Any]) -> list[str]:
+            return [_text(loaded, *request.args, batch_size) for request in requests]
+
+        @property
+        def tokenizer_name(self) -> str:
+            return str(tokenizer.sha256)
+
+    return Model()
+
+
+def _begin(loaded: Loaded) -> list[int]:
+    """What stands before every text, so that its first token is predicted too."""
+    tokenizer = loaded.tokenizer
+    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    return [] if first is None else [first]
+
+
+def _of_continuation(loaded: Loaded, before: str, text: str) -> tuple[float, bool]:
+    """(nats of `text` after `before`, whether it is what greedy decoding says)."""
+    # Spaces between both belong to the second: tokenizers put them at the beginning of words.
+    spaces = len(before) - len(before.rstrip())
+    if spaces:
+        before, text = before[:-spaces], before[-spaces:] + text
+    whole = [*_begin(loaded), *loaded.tokenizer.encode(before + text)]
+    known = len([*_begin(loaded), *loaded.tokenizer.encode(before)])
+    known = max(1, min(known, len(whole) - 1))
+    context = loaded.model.config.max_position_embeddings
+    left_out = max(0, len(whole) - 1 - context)  # of the beginning
+    losses, is_greedy = _losses(loaded, whole[left_out:])
+    wanted = slice(max(0, known - 1 - left_out), None)
+    return -float(losses[wanted].sum()), bool(is_greedy[wanted].all())
+
+
+def _of_text(loaded: Loaded, text: str) -> float:
+    """Nats of all tokens of a text, in windows of the context that overlap by one token."""
+    ids, context = [*_begin(loaded), *loaded.tokenizer.encode(text)], loaded.model.config.max_position_embeddings
+    windows = [ids[start : start + context + 1] for start in range(0, len(ids) - 1, context)]
+    return -sum(float(_losses(loaded, window)[0].sum()) for window in windows)
+
+
+@torch.no_grad()
+def _losses(loaded: Loaded, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nats of each id but the first (T - 1,), whether each is the likeliest)."""
+    there = torch.tensor([ids], device=next(loaded.model.parameters()).device)
+    logits = loaded.model(there[:, :-1])[0].float()
+    return F.cross_entropy(logits, there[0, 1:], reduction="none"), logits.argmax(-1) == there[0, 1:]
+
+
+def _text(loaded: Loaded, before: str, options: dict[str, Any], batch_size: int) -> str:
+    stop = options.get("until") or []
+    sampling = Sampling(
+        max_new_tokens=int(options.get("max_gen_toks", _DEFAULT_NEW_TOKENS)),
+        temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
+        top_k=0,
+        top_p=float(options.get("top_p", 1.0)),
+        stop=tuple([stop] if isinstance(stop, str) else stop),
+    )
+    context = Decoder(loaded.model).context
+    room = max(1, context - sampling.max_new_tokens)
+    ids = [*_begin(loaded), *loaded.tokenizer.encode(before)][-room:]
+    eos = loaded.tokenizer.eos_id
+    (one,) = complete(
+        loaded.model, loaded.tokenizer, [Prompt(ids, () if eos is None else (eos,))], sampling, batch_size
+    )
+    return one.text

@@ -1,0 +1,176 @@
+"""Records with a question and its answer, as prompts for a model; what is done with an input beyond the context.
+
+    questions = read_questions(Path("heldout.jsonl"))        # any chat format of dsgpt.data.chat_formats
+    writer = PromptWriter(tokenizer, chat, context=1024, room=80, long_input="lead")
+    prompts = writer.prompts(questions[0])                       # one; several of an input that is read in pieces
+
+The answer is what the assistant says last; what it is asked is everything before. An alpaca record has its input apart from
+the instruction; else the last message is the input. Only the input is ever shortened:
+
+    lead               its beginning, as much as fits
+    chunk_and_merge    each piece that fits is asked for itself, and then the answers together, as one input
+    refuse             DataError
+
+`writer.told()` says how many inputs were longer, and what of them was used.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dsgpt.data.chat_formats import BadRecord, Conversation, detect, read_conversations
+from dsgpt.data.sources import BadLine, Piece, extent_of, find_sources, read_records
+from dsgpt.errors import ConfigError, DataError
+from dsgpt.generate.chat import Chat
+from dsgpt.generate.text import Prompt, text_prompt
+from dsgpt.tokenizer.tokenizer import Tokenizer
+
+LongInput = Literal["lead", "chunk_and_merge", "refuse"]
+LONG_INPUTS = get_args(LongInput)
+_DETECTED_FROM = 1000  # records, as for training data
+_SEPARATOR = "\n\n"  # between an instruction and its input, as chat_formats joins them
+
+
+@dataclass(frozen=True)
+class Question:
+    """`messages` come before the last one, whose text is `instruction` and `input`; `answer` is the reference.
+
+    `choices` are the answers to choose from, where the record gives such.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    instruction: str
+    input: str
+    answer: str
+    choices: tuple[str, ...] = ()
+
+    def asked(self, text: str) -> str:
+        """The last message, with `text` as its input."""
+        return self.instruction + _SEPARATOR + text if self.instruction and text else self.instruction or text
+
+
+def read_questions(path: Path, limit: int | None = None) -> list[Question]:
+    """The questions of a file or folder. Raises DataError for the first record that is none, with its place."""
+    records = list(itertools.islice(_records(path), limit))
+    form = detect(record for _, record in records[:_DETECTED_FROM])
+    items = read_conversations((record for _, record in records), form)
+    return [_question(record, item, place) for (place, record), item in zip(records, items, strict=True)]
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, record) of each."""
+    for file in find_sources([str(path)]):
+        for row in read_records(Piece(str(file), 0, extent_of(file)[0])):
+            if isinstance(row, BadLine):
+                raise DataError("a record cannot be read", seen=f"{file}:{row.line}: {row.reason}")
+            yield f"{file}:{row[0]}", row[1]
+
+
+def _question(record: dict[str, Any], item: Conversation | BadRecord, place: str) -> Question:
+    if isinstance(item, BadRecord):
+        raise DataError("a record is no question with an answer", seen=f"{place}: {item.reason}: {item.excerpt}")
+    *before, asked, answer = item.messages if len(item.messages) > 1 else (None, None)
+    if asked is None or asked["role"] == "assistant" or answer["role"] != "assistant" or not answer["content"]:
+        do = "end each conversation with a question and the text that answers it"
+        raise DataError("a record has no answer at its end", seen=place, do=do)
+    instruction, given = "", str(asked["content"] or "")
+    if "instruction" in record and record.get("input"):  # an alpaca record says which part is which
+        instruction, given = str(record["instruction"]), str(record["input"])
+    choices = record.get("choices") or ()
+    if not isinstance(choices, list | tuple) or not all(isinstance(one, str) and one for one in choices):
+        raise DataError("choices are a list of texts", seen=f"{place}: {choices!r:.80}")
+    if choices and answer["content"] not in choices:
+        raise DataError("the answer is not among the choices", seen=f"{place}: {answer['content']!r:.80}")
+    return Question(tuple(before), instruction, given, answer["content"], tuple(choices))
+
+
+@dataclass
+class PromptWriter:
+    """Prompts for one model. `chat` is None where the model is to continue plain text; `room` are tokens for the answer."""
+
+    tokenizer: Tokenizer
+    chat: Chat | None
+    context: int
+    room: int
+    long_input: LongInput = "refuse"
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        if self.room >= self.context:
+            do = f"--max-new-tokens below {self.context}"
+            raise ConfigError("the answer takes all of the model's context", seen=f"{self.room} tokens", do=do)
+
+    def write(self, question: Question, text: str) -> Prompt:
+        """The prompt that asks for `text`, however long that is."""
+        asked = question.asked(text)
+        if self.chat is None:
+            before = "".join(f"{message['content']}{_SEPARATOR}" for message in question.messages)
+            prompt = text_prompt(self.tokenizer, before + asked + _SEPARATOR)
+            return replace(prompt, stop=("\n",))  # plain text has no end of a turn but a line's
+        return self.chat.prompt([*question.messages, {"role": "user", "content": asked}])
+
+    def fits(self, prompt: Prompt) -> bool:
+        return len(prompt.ids) + self.room <= self.context
+
+    def prompts(self, question: Question, text: str | None = None) -> list[Prompt]:
+        """One prompt, or with chunk_and_merge one for each piece of an input that is too long; counts what was done.
+
+        Raises DataError where even an empty input does not fit, and for a longer input where that is refused.
+        """
+        given = question.input if text is None else text
+        whole = self.write(question, given)
+        self.counts["asked"] += text is None
+        if self.fits(whole):
+            return [whole]
+        if self.long_input == "refuse":
+            raise DataError(
+                "an input does not fit into the model's context",
+                seen=f"{len(whole.ids)} tokens and {self.room} for the answer, context {self.context}: {given[:60]!r}",
+                do="--long-input lead or chunk_and_merge, a lower --max-new-tokens, or a model with a longer context",
+            )
+        pieces = self._pieces(question, given)
+        if self.long_input == "lead":
+            self.counts["cut"] += 1
+            self.counts["characters"] += len(given)
+            self.counts["characters_used"] += len(pieces[0][1])
+            return [pieces[0][0]]
+        self.counts["in pieces"] += text is None
+        self.counts["pieces"] += len(pieces)
+        return [prompt for prompt, _ in pieces]
+
+    def _pieces(self, question: Question, text: str) -> list[tuple[Prompt, str]]:
+        """(prompt, its part of the input), one after another."""
+        room = self.context - self.room - len(self.write(question, "x").ids)
+        ids, found, start = self.tokenizer.encode(text), list[tuple[Prompt, str]](), 0
+        while start < len(ids):
+            size = room
+            while size > 0:
+                part = self.tokenizer.decode(ids[start : start + size])
+                if self.fits(prompt := self.write(question, part)):
+                    break
+                size -= max(1, size // 50)  # what is cut elsewhere can be a few tokens longer
+            if size <= 0:
+                raise DataError(
+                    "the question alone does not fit into the model's context",
+                    seen=f"{question.instruction[:60]!r}, context {self.context}, {self.room} for the answer",
+                    do="shorten the instruction, or lower --max-new-tokens",
+                )
+            found.append((prompt, part))
+            start += size
+        return found
+
+    def told(self) -> str:
+        """What became of the inputs, as one line."""
+        asked, cut, pieces = (self.counts[name] for name in ("asked", "cut", "in pieces"))
+        if cut:
+            used = self.counts["characters_used"] / self.counts["characters"]
+            return f"{cut} of {asked} inputs ({cut / asked:.0%}) are longer than the context: their lead is used, {used:.0%}"
+        if pieces:
+            number = self.counts["pieces"]
+            return f"{pieces} of {asked} inputs ({pieces / asked:.0%}) are longer: read in {number} pieces, then merged"
+        return f"all {asked} inputs fit into the context"
