@@ -12,12 +12,12 @@ from pathlib import Path
 
 # An import goes to a lower floor, or along one of the sideways arrows.
 FLOORS = {
-    **dict.fromkeys(("cli", "quickstart", "__main__"), 7),
+    **dict.fromkeys(("cli", "quickstart", "applications", "__main__"), 7),
     **dict.fromkeys(("train", "serve"), 6),
     **dict.fromkeys(("evaluate", "generate"), 5),
     **dict.fromkeys(("engine", "checkpoint", "probe"), 4),
     **dict.fromkeys(("tokenizer", "data", "model", "optimizer", "loss_scale", "partitioned", "nodes", "device"), 3),
-    **dict.fromkeys(("distributed", "planning", "launch", "report", "fetch"), 2),
+    **dict.fromkeys(("distributed", "planning", "launch", "report", "fetch", "commands"), 2),
     **dict.fromkeys(("config", "process", "lease", "verdict", "watchdog", "rendezvous", "hub"), 1),
     **dict.fromkeys(("errors", "units"), 0),
 }
@@ -30,6 +30,7 @@ SIDEWAYS = {
     ("evaluate", "generate"),
     ("checkpoint", "engine"),
     ("cli", "quickstart"),
+    ("cli", "applications"),
     ("__main__", "cli"),
 }
 
@@ -46,7 +47,7 @@ DOORS = {
     "uvicorn": ("dsgpt.serve",),
 }
 # dsgpt.process: a rank has to know its number before torch is imported.
-ENVIRONMENT = ("dsgpt.process", "dsgpt.distributed", "dsgpt.launch", "dsgpt.cli", "dsgpt.quickstart")
+ENVIRONMENT = ("dsgpt.process", "dsgpt.commands", "dsgpt.distributed", "dsgpt.launch", "dsgpt.cli", "dsgpt.quickstart")
 
 # Importing these, or anything they import in turn, loads none of the heavy libraries; a function may do so later.
 LIGHT = (

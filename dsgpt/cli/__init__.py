@@ -38,6 +38,10 @@ VERBS = {
     "generate": ("dsgpt.cli.generate:generate", "Continue prompts with a model."),
     "chat": ("dsgpt.cli.chat:chat", "Talk with a model in the terminal."),
     "serve": ("dsgpt.cli.serve:serve", "A model behind OpenAI's HTTP API."),
+    "application": (
+        "dsgpt.cli.application:application",
+        "Customer support, news summarisation, legal documents: from public data to a table.",
+    ),
     "checkpoint": ("dsgpt.cli.checkpoint:checkpoint", "List, verify, compare, delete and export checkpoints."),
     "config": ("dsgpt.cli.config:config", "List, copy, show, explain and validate configs."),
     "doctor": ("dsgpt.cli.doctor:doctor", "What would go wrong on this machine, and the fix."),

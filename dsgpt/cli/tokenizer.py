@@ -36,6 +36,8 @@ def tokenizer() -> None:
 @click.option(
     "--text-field", default="text", show_default=True, help="Field of a record that holds the text, or a template."
 )
+@click.option("--add-tokens", multiple=True, metavar="TEXT",
+              help="A special token beside those of --vocab-size, e.g. <|im_end|>; may be given several times.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def train(
     inputs: tuple[str, ...],
@@ -45,6 +47,7 @@ def train(
     sample_megabytes: float,
     seed: int,
     text_field: str,
+    add_tokens: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Train a tokenizer on INPUT: files, folders, globs and hf:NAME, as `dsgpt data prepare` reads them."""
@@ -64,6 +67,9 @@ def train(
         text_field=text_field,
         progress=lambda message: click.echo(message, err=True),
     )
+    if add_tokens:
+        trained = trained.with_special_tokens(add_tokens)
+        trained.save(output)
     record = json.loads((output / RECORD).read_text("utf-8"))
     if as_json:
         click.echo(json.dumps({"output": str(output), **record}))

@@ -143,6 +143,11 @@ class PromptWriter:
         self.counts["pieces"] += len(pieces)
         return [prompt for prompt, _ in pieces]
 
+    def lead(self, question: Question) -> str:
+        """As much of the input's beginning as fits, all of it where that does."""
+        whole = self.write(question, question.input)
+        return question.input if self.fits(whole) else self._pieces(question, question.input)[0][1]
+
     def _pieces(self, question: Question, text: str) -> list[tuple[Prompt, str]]:
         """(prompt, its part of the input), one after another."""
         room = self.context - self.room - len(self.write(question, "x").ids)

@@ -38,3 +38,8 @@ class Chat:
             return Prompt(self._template.prompt(messages, tools), self._end_ids, self._stop)
         except Unusable as error:
             raise DataError("the conversation cannot be written for the model", seen=str(error)) from error
+
+    def num_tokens(self, messages: list[dict[str, Any]]) -> int:
+        """Of a whole conversation, as it is trained on."""
+        told = [{"train": message["role"] == "assistant", **message} for message in messages]
+        return len(self._template.encode(told, []).ids)

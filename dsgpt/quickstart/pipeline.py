@@ -9,20 +9,18 @@ typed on one's own text. A stage whose result exists is skipped and says so; run
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import signal
 import statistics
 import subprocess
-import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dsgpt.checkpoint import commit
-from dsgpt.errors import DsgptError, ExitCode
-from dsgpt.process import die_with_parent
+from dsgpt.commands import Commands
+from dsgpt.errors import ExitCode
 from dsgpt.quickstart.corpus import build_corpus
 from dsgpt.train.state import read_metrics
 from dsgpt.units import format_bytes, format_count, format_seconds
@@ -38,7 +36,11 @@ class Quickstart:
     folder: Path
     steps: int | None = None
     device: str = "auto"
-    timings: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def _commands(self) -> Commands:
+        steps = f" --steps {self.steps}" if self.steps else ""
+        return Commands(f"dsgpt quickstart --output-dir {self.folder}{steps}")
 
     @property
     def run_dir(self) -> Path:
@@ -53,12 +55,12 @@ class Quickstart:
         self._dataset("heldout", "heldout.jsonl")
         interrupted = self._train()
         step = commit.list_committed(self.run_dir / "checkpoints")[-1][0]
-        evaluation = self._json(
+        evaluation = self._commands.json(
             "evaluating on the held-out packages", "evaluate", self.run_dir, "--data", self.folder / "heldout",
             "--split", "train", "--json",
         )  # fmt: skip
         export = self._export(step)
-        sample = self._json(
+        sample = self._commands.json(
             "writing some Python with the export", "generate", export["path"], "--prompt", PROMPT,
             "--max-new-tokens", "80", "--json",
         )  # fmt: skip
@@ -69,7 +71,7 @@ class Quickstart:
             "evaluation": evaluation,
             "export": export,
             "sample": sample["prompt"] + sample["text"],
-            "seconds": self.timings,
+            "seconds": self._commands.timings,
         }
 
     # ---- stages --------------------------------------------------------------------------------------------------
@@ -77,34 +79,34 @@ class Quickstart:
     def _corpus(self) -> dict[str, Any]:
         record = self.folder / "corpus" / "summary.json"
         if record.exists():
-            self._say(f"corpus: exists ({record.parent})")
+            self._commands.say(f"corpus: exists ({record.parent})")
             return dict(json.loads(record.read_text("utf-8")))
         began = time.perf_counter()
-        self._say("collecting Python's standard library as text")
+        self._commands.say("collecting Python's standard library as text")
         summary = asdict(build_corpus(record.parent))
-        self._say(
+        self._commands.say(
             f"  {summary['train_files']} files, {format_bytes(summary['train_bytes'])} to train on; "
             f"{', '.join(summary['heldout_packages'])} held out ({format_bytes(summary['heldout_bytes'])}); "
             f"{summary['duplicate_files']} near copies left out"
         )
         record.write_text(json.dumps(summary, default=str, indent=2) + "\n", encoding="utf-8")
-        self.timings["corpus"] = time.perf_counter() - began
+        self._commands.timings["corpus"] = time.perf_counter() - began
         return dict(json.loads(record.read_text("utf-8")))
 
     def _tokenizer(self) -> None:
         output = self.folder / "tokenizer"
         if (output / "tokenizer_training.json").exists():
-            return self._say(f"tokenizer: exists ({output})")
+            return self._commands.say(f"tokenizer: exists ({output})")
         corpus = self.folder / "corpus" / "train.jsonl"
-        self._command("tokenizer", "tokenizer", "train", corpus, "--vocab-size", VOCAB_SIZE, "--output", output)
+        self._commands.run("tokenizer", "tokenizer", "train", corpus, "--vocab-size", VOCAB_SIZE, "--output", output)
 
     def _dataset(self, name: str, source: str) -> None:
         output = self.folder / name
         if (output / "dataset.json").exists():
-            return self._say(f"{name}: exists ({output})")
+            return self._commands.say(f"{name}: exists ({output})")
         tokenizer = self.folder / "tokenizer"
         text = self.folder / "corpus" / source
-        self._command(name, "data", "prepare", text, "--tokenizer", tokenizer, "--output", output)
+        self._commands.run(name, "data", "prepare", text, "--tokenizer", tokenizer, "--output", output)
 
     def _train_arguments(self) -> list[str]:
         overrides: dict[str, Any] = {
@@ -126,21 +128,25 @@ class Quickstart:
         """
         interrupted = None
         if not commit.list_committed(self.run_dir / "checkpoints"):
-            self._say("half way, this run is stopped by a SIGTERM from outside, as a cluster would, and then resumed")
-            code = self._command("training until stopped", *self._train_arguments(), stop_half_way=True)
+            self._commands.say(
+                "half way, this run is stopped by a SIGTERM from outside, as a cluster would, and then resumed"
+            )
+            code = self._commands.run("training until stopped", *self._train_arguments(), meanwhile=self._stop_half_way)
             if code == ExitCode.PREEMPTED:
                 interrupted = commit.list_committed(self.run_dir / "checkpoints")[-1][0]
-                self._say(f"stopped with code {int(code)} at step {interrupted}; continuing with the same command")
-        self._command("training to the end", *self._train_arguments())
+                self._commands.say(
+                    f"stopped with code {int(code)} at step {interrupted}; continuing with the same command"
+                )
+        self._commands.run("training to the end", *self._train_arguments())
         return interrupted
 
     def _export(self, step: int) -> dict[str, Any]:
         output = self.folder / f"export-{step:08d}"
         record = self.folder / f"{output.name}.json"
         if output.exists() and record.exists():
-            self._say(f"export: exists ({output})")
+            self._commands.say(f"export: exists ({output})")
             return dict(json.loads(record.read_text("utf-8")))
-        report = self._json(
+        report = self._commands.json(
             "exporting to Hugging Face format, and comparing logits with plain transformers",
             "checkpoint", "export", self.run_dir, "--output", output, "--json",
         )  # fmt: skip
@@ -161,36 +167,6 @@ class Quickstart:
             "ranks": config["world_size"],
         }
 
-    # ---- running commands ----------------------------------------------------------------------------------------
-
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def _command(self, label: str, *words: Any, stop_half_way: bool = False) -> int:
-        """Run `dsgpt WORDS…` with its progress visible; returns its exit code, which is 0 or, if stopped, 75."""
-        began = time.perf_counter()
-        arguments = [str(word) for word in words]
-        self._say(f"\n$ dsgpt {shlex.join(arguments)}")
-        process = subprocess.Popen([sys.executable, "-m", "dsgpt", *arguments], preexec_fn=die_with_parent)
-        try:
-            if stop_half_way:
-                self._stop_half_way(process)
-            code = process.wait()
-        except KeyboardInterrupt:
-            code = process.wait()  # the terminal's Ctrl-C reached it too: it commits and says how to continue
-            steps = f" --steps {self.steps}" if self.steps else ""
-            text = f"dsgpt quickstart --output-dir {self.folder}{steps} continues"
-            raise _failed(code or ExitCode.PREEMPTED, "interrupted", f"dsgpt {shlex.join(arguments)}", text) from None
-        self.timings[label] = time.perf_counter() - began
-        if code not in (0, ExitCode.PREEMPTED) or (code and not stop_half_way):
-            raise _failed(
-                code,
-                f"{label} failed with code {code}",
-                f"dsgpt {shlex.join(arguments)}",
-                "its message is above; the same quickstart command continues from here",
-            )
-        return code
-
     def _stop_half_way(self, process: subprocess.Popen[bytes]) -> None:
         """Send SIGTERM to `dsgpt train` when its metrics pass half of the steps."""
         metrics = self.run_dir / "metrics.jsonl"
@@ -205,47 +181,6 @@ class Quickstart:
             if latest and "step" in latest and latest["step"] * 2 >= latest["max_steps"]:
                 process.send_signal(signal.SIGTERM)
                 return
-
-    def _json(self, label: str, *words: Any) -> dict[str, Any]:
-        """Run `dsgpt WORDS… --json` and return what it printed."""
-        began = time.perf_counter()
-        arguments = [str(word) for word in words]
-        self._say(f"\n$ dsgpt {shlex.join(arguments)}")
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-m", "dsgpt", *arguments]
-        with _Waiting(label):
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise _failed(done.returncode, f"{label} failed with code {done.returncode}", done.stderr.strip()[-2000:])
-        self.timings[arguments[0]] = time.perf_counter() - began
-        return dict(json.loads(done.stdout))
-
-
-def _failed(code: int, what: str, seen: str, do: str = "") -> DsgptError:
-    """The failure of a command, to leave with its own exit code where the contract knows it."""
-    error = DsgptError(what, seen, do)
-    if code in list(ExitCode):
-        error.exit_code = ExitCode(code)
-    return error
-
-
-class _Waiting:
-    """A spinner on a terminal, a line elsewhere, while something quick runs."""
-
-    def __init__(self, label: str):
-        self.label = label
-
-    def __enter__(self) -> None:
-        from rich.console import Console
-
-        self._status = Console().status(self.label)
-        if sys.stdout.isatty():
-            self._status.start()
-        else:
-            print(self.label, flush=True)
-
-    def __exit__(self, *exception: object) -> None:
-        self._status.stop()
 
 
 def summary_rows(folder: Path, result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -58,7 +58,9 @@ def main(folder: Path, checkpoints: Path, told: Path) -> None:
     different = count_different(running, folder)
     peak.take()
     saver = Saver(running, world, checkpoints)
-    saver.begin({"step": 1, "state_kinds": list(running.state_kinds), "model": model.model_dump(mode="json")}, "a")
+    about = {"counters": {"consumed_tokens": 0}, "data": {"seq_length": LENGTH, "sources": []}}  # for the model's card
+    about |= {"dtype": "bf16", "versions": {"torch": str(torch.__version__)}, "model": model.model_dump(mode="json")}
+    saver.begin({"step": 1, "state_kinds": list(running.state_kinds), **about}, "a")
     saver.finish()
     peaks["save"] = peak.stop()
     trained = sum(fragment.numel for fragment in running.fragments())

@@ -1,0 +1,143 @@
+"""Examples of an application: what kind of question it is, whose conversation or document it comes from, the record itself.
+
+    split = split_examples(examples, Shares(validation=0.05, test=0.1), seed=1234)
+
+Held out is by group, a conversation or a document, so that nothing of one is on both sides. Near copies are examples that
+share nine in ten of their word triples with an earlier one; held-out ones come first, so what is left out is training data.
+A group's side follows from its name and the seed alone: more data later moves nothing.
+
+Trade-off: near copies are found exactly, by an index of all triples in memory (about 100 bytes for each word), which is
+right for millions of words and too much for billions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+NEAR_COPY_SHARE = 0.9
+_SIDES = ("test", "validation", "train")
+
+
+@dataclass(frozen=True)
+class Example:
+    """`record` is a chat record (dsgpt.data.chat_formats). `kind` names the task.
+
+    `compared` is what near copies are told by; everything that is said, where it is empty.
+    """
+
+    kind: str
+    group: str
+    record: dict[str, Any]
+    compared: str = ""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of the groups of each kind."""
+
+    validation: float = 0.05
+    test: float = 0.10
+
+
+@dataclass
+class Split:
+    """Examples by side, and how many were left out of each kind as near copies."""
+
+    train: list[Example] = field(default_factory=list)
+    validation: list[Example] = field(default_factory=list)
+    test: list[Example] = field(default_factory=list)
+    near_copies: Counter[str] = field(default_factory=Counter)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """{kind: {side: number}}."""
+        sides = {side: Counter(one.kind for one in getattr(self, side)) for side in _SIDES}
+        kinds = sorted({kind for counts in sides.values() for kind in counts} | set(self.near_copies))
+        return {
+            kind: {side: sides[side][kind] for side in _SIDES} | {"near_copies": self.near_copies[kind]}
+            for kind in kinds
+        }
+
+
+def split_examples(examples: Iterable[Example], shares: Shares, seed: int) -> Split:
+    """Every example on its group's side, those of the held-out sides first seen; near copies left out and counted."""
+    sides: dict[str, list[Example]] = {side: [] for side in _SIDES}
+    for one in examples:
+        sides[_side(one, shares, seed)].append(one)
+    split, index = Split(), _Index()
+    for side in _SIDES:
+        for one in sides[side]:
+            if index.holds(one.kind, one.compared or text_of(one.record)):
+                split.near_copies[one.kind] += 1
+            else:
+                getattr(split, side).append(one)
+    return split
+
+
+def _side(one: Example, shares: Shares, seed: int) -> str:
+    place = place_of(one.group, seed)
+    if place < shares.test:
+        return "test"
+    return "validation" if place < shares.test + shares.validation else "train"
+
+
+def place_of(group: str, seed: int) -> float:
+    """Where in [0, 1) a group lies, the same in every kind: a document's summaries are on the side of its questions."""
+    digest = hashlib.blake2b(f"{seed}\0{group}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+class _Index:
+    """Which texts were there, by their word triples."""
+
+    def __init__(self) -> None:
+        self._holders: dict[tuple[str, int], list[int]] = defaultdict(list)
+        self._sizes: list[int] = []
+
+    def holds(self, kind: str, text: str) -> bool:
+        """Whether a near copy of it is there already; else it is added."""
+        triples = _triples(text)
+        shared = Counter(number for triple in triples for number in self._holders.get((kind, triple), ()))
+        for number, count in shared.items():
+            if count >= NEAR_COPY_SHARE * max(len(triples), self._sizes[number]):
+                return True
+        for triple in triples:
+            self._holders[kind, triple].append(len(self._sizes))
+        self._sizes.append(len(triples))
+        return False
+
+
+def _triples(text: str) -> set[int]:
+    words = re.findall(r"\w+", text.lower())
+    return {hash(tuple(words[i : i + 3])) for i in range(max(1, len(words) - 2))}
+
+
+def text_of(record: dict[str, Any]) -> str:
+    """All that is said in a chat record but the instruction, which is the same in many."""
+    said = [message["content"] for message in record.get("messages", ())]
+    return "\n".join([*said, *(str(record[name]) for name in ("input", "output") if name in record)])
+
+
+def conversation(turns: Sequence[tuple[bool, str]]) -> list[dict[str, str]]:
+    """Messages of (is an agent's, text): turns of one side in a row are one, and what an agent says first is left out."""
+    messages: list[dict[str, str]] = []
+    for is_agent, text in turns:
+        role = "assistant" if is_agent else "user"
+        if not text.strip():
+            continue
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += "\n" + text.strip()
+        elif messages or not is_agent:
+            messages.append({"role": role, "content": text.strip()})
+    if messages and messages[-1]["role"] == "user":
+        messages.pop()
+    return messages
+
+
+def task(instruction: str, given: str, answer: str, **more: Any) -> dict[str, Any]:
+    """A record with one question: what to do, with what, and the answer."""
+    return {"instruction": instruction, "input": given.strip(), "output": answer.strip(), **more}

@@ -1,0 +1,167 @@
+"""`dsgpt application prepare | base | run`: customer support, news and legal documents, from public data to a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+NAMES = ("support", "news", "legal")
+_SOURCE_HELP = "What to read as what: KIND=PATH or KIND=hf:NAME; may be given several times."
+
+
+class Pair(click.ParamType[tuple[str, str]]):
+    """KEY=VALUE."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = str(value).partition("=")
+        if not key or not equals or not text:
+            self.fail(f"{value!r} is not KEY=VALUE", param, ctx)
+        return key, text
+
+
+@click.group()
+def application() -> None:
+    """Three applications of fine-tuning: customer support, news summarisation, legal documents."""
+
+
+@application.command()
+@click.argument("name", type=click.Choice(NAMES))
+@click.option("--source", "sources", multiple=True, type=Pair(), help=_SOURCE_HELP)
+@click.option("--tokenizer", required=True, help="Tokenizer folder, or hf:NAME: what is too long is cut by its tokens.")
+@click.option("--seq-length", required=True, type=click.IntRange(16), help="training.seq_length.")
+@click.option("--output", required=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--limit", "limits", multiple=True, type=Pair(), help="KIND=N: only so many examples to train on.")
+@click.option("--seed", default=1234, show_default=True, help="Decides what is held out.")
+def prepare(
+    name: str,
+    sources: tuple[tuple[str, str], ...],
+    tokenizer: str,
+    seq_length: int,
+    output: Path,
+    limits: tuple[tuple[str, str], ...],
+    seed: int,
+) -> None:
+    """Turn public data into conversations to train on and questions to measure with.
+
+    \b
+    support   dialogues, faq, manuals, intents
+    news      articles
+    legal     summaries, clauses, contracts
+    """
+    from dsgpt.applications import prepare as module
+    from dsgpt.tokenizer import Tokenizer
+
+    module.prepare(
+        name, _by_key(sources), output, Tokenizer.load(tokenizer), seq_length, seed, limits=_numbers(limits),
+        report=click.echo,
+    )  # fmt: skip
+    click.echo(f"next: dsgpt data prepare-chat {output}/train.jsonl --tokenizer {tokenizer} --seq-length {seq_length} "
+               f"--output DIR")  # fmt: skip
+
+
+@application.command()
+@click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
+@click.option("--output-dir", required=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of the run config small-base.")
+def base(texts: tuple[str, ...], output_dir: Path, overrides: tuple[str, ...]) -> None:
+    """Pretrain a small model on TEXT files, to try the applications with; its export is OUTPUT_DIR/export."""
+    from dsgpt.applications.base import make_base
+    from dsgpt.units import format_count
+
+    report = make_base([str(text) for text in texts], output_dir, overrides)
+    click.echo(f"{report['path']}: {format_count(report['num_parameters'])} parameters")
+
+
+@application.command()
+@click.argument("name", type=click.Choice(NAMES))
+@click.option("--source", "sources", multiple=True, required=True, type=Pair(), help=_SOURCE_HELP)
+@click.option("--base", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="Folder of the pretrained model.")  # fmt: skip
+@click.option("--output-dir", required=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--general", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="A prepared dataset of general text: what is forgotten of it.")  # fmt: skip
+@click.option("--limit", "limits", multiple=True, type=Pair(), help="KIND=N: only so many examples to train on.")
+@click.option("--samples", type=click.IntRange(1), help="Only so many questions of each kind.")
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1), help="Of an answer.")
+@click.option(
+    "--long-input", type=click.Choice(("refuse", "lead", "chunk_and_merge")), default="lead", show_default=True
+)
+@click.option("--no-grid", is_flag=True, help="Without the table of numbers of blocks and shares of the data.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of the run config, for all ways.")
+def run(
+    name: str,
+    sources: tuple[tuple[str, str], ...],
+    base: Path,
+    output_dir: Path,
+    general: Path | None,
+    limits: tuple[tuple[str, str], ...],
+    samples: int | None,
+    max_new_tokens: int,
+    long_input: str,
+    no_grid: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Tune a model in several ways on one application, evaluate each, and print what was reached.
+
+    Run it again to continue where it stopped.
+    """
+    from dsgpt.applications.run import Comparison
+
+    comparison = Comparison(
+        name, _by_key(sources), str(base), output_dir, _numbers(limits), overrides, samples, max_new_tokens,
+        long_input, general, not no_grid,
+    )  # fmt: skip
+    _print(comparison.run(), output_dir)
+
+
+def _print(result: dict[str, Any], folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dsgpt.applications import tables
+
+    made = [(f"{result['application']}: ways of training", tables.ways_table(result))]
+    if result["cells"]:
+        made.append(("held-out loss by number of last blocks", tables.cells_table(result)))
+    for title, (headings, rows) in made:
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for heading in headings:
+            table.add_column(heading, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        click.echo()
+        Console(highlight=False).print(table)
+    lines = [_outputs(folder, way, result) for way in ("full", "untuned")]
+    click.echo()
+    for line in tables.facts(result, *lines):
+        click.echo(line)
+    if result["application"] == "news":
+        click.echo(tables.lead_line(folder / "application/test-articles.jsonl"))
+
+
+def _outputs(folder: Path, way: str, result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What a way said to each question, by kind."""
+    kinds = result["ways"][way]["kinds"]
+    files = {kind: folder / f"{way}-{kind}.jsonl" for kind in kinds}
+    return {kind: [json.loads(line) for line in file.read_text("utf-8").splitlines()] for kind, file in files.items()}
+
+
+def _by_key(pairs: tuple[tuple[str, str], ...]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def _numbers(pairs: tuple[tuple[str, str], ...]) -> dict[str, int]:
+    for key, value in pairs:
+        if not value.isdecimal():
+            raise click.UsageError(f"--limit {key}={value}: a number is needed")
+    return {key: int(value) for key, value in pairs}
