@@ -89,7 +89,7 @@ def build(cell: Cell, world: World, seed: int, model: ModelConfig | None = None)
     run = load_config(["quickstart"], overrides).config
     config = fill_deepspeed(run, world.size)
     if cell.stage:
-        config["zero_optimization"]["reduce_bucket_size"] = 500_000 if model is LARGE else 5000
+        config["zero_optimization"]["reduce_bucket_size"] = 500_000 if model == LARGE else 5000
     if cell.stage == 3:  # some gathered for each layer, some kept whole; several sub-groups
         config["zero_optimization"] |= {"stage3_param_persistence_threshold": 200, "sub_group_size": 5000}
     with contextlib.redirect_stdout(io.StringIO()):  # one of DeepSpeed's optimizers prints how much memory there is
@@ -233,7 +233,7 @@ def save_cell(world: World, root: Path, cell: Cell, model: ModelConfig | None = 
     manifest = {"step": STEPS, "counters": counters, "state_kinds": list(engine.state_kinds)}
     save_checkpoint(engine, world, folder, "saver", manifest)
     changed = compare(gather(engine), oracle, cell.dtype)
-    if model is not LARGE:
+    if model != LARGE:
         losses = evaluate(engine, world, model), train(engine, world, STEPS, model)[0]
         oracle["losses"] = torch.tensor(losses, dtype=torch.float64)
     if world.is_main:
