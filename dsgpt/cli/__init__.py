@@ -82,6 +82,12 @@ def main(arguments: list[str] | None = None) -> Any:
         cli.main(arguments, prog_name="dsgpt")
     except BrokenPipeError:
         sys.exit(1)  # whoever read our output has left
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        click.echo(f"error: out of device memory\n  seen: {str(error).splitlines()[0]}\n  do:   fewer rows at a time, or a "
+                   "lower precision", err=True)  # fmt: skip
+        sys.exit(int(ExitCode.OUT_OF_MEMORY))
     except (DsgptError, OSError) as error:
         code = error.exit_code if isinstance(error, DsgptError) else ExitCode.LOCKED
         if "--debug" in arguments:

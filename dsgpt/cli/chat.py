@@ -59,7 +59,10 @@ def chat(
         elif line:
             messages.append({"role": "user", "content": line})
             answer = _answer(loaded, _fitting(talk, messages, len(begin), loaded, chosen), chosen)
-            messages.append({"role": "assistant", "content": answer})
+            if answer.strip():
+                messages.append({"role": "assistant", "content": answer})
+            else:
+                messages.pop()  # as if it had not been asked
 
 
 def _lines() -> Iterator[str]:

@@ -41,7 +41,7 @@ _WAYS = ("texts", "data", "answers", "choices", "harness")
 @click.option(
     "--chat-template", help="A Jinja file, chatml, or none for plain text.  [default: the tokenizer's, or none]"
 )
-@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Rows computed together.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Rows computed together.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path),
               help="Write each question's result here, as JSON lines.")  # fmt: skip
 @with_options(model_options)
@@ -82,11 +82,12 @@ Result = tuple[list[tuple[str, str]], dict[str, Any]]
 def _loss(loaded: Loaded, options: dict[str, Any]) -> Result:
     from dsgpt.evaluate.loss import evaluate_dataset, evaluate_texts
 
+    rows = options["batch_size"]
     if options["data"] is not None:
         split, samples = options["split"], options["samples"]
-        result = evaluate_dataset(loaded.model, loaded.tokenizer, options["data"], split, samples)
+        result = evaluate_dataset(loaded.model, loaded.tokenizer, options["data"], split, samples, rows)
     else:
-        result = evaluate_texts(loaded.model, loaded.tokenizer, [_read(path) for path in options["texts"]])
+        result = evaluate_texts(loaded.model, loaded.tokenizer, [_read(path) for path in options["texts"]], rows)
     return loss_lines(result), result.as_dict()
 
 

@@ -18,6 +18,8 @@ from dsgpt.cli.using import model_options, with_options
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Answers decoded together.")
 @click.option("--max-waiting", default=256, show_default=True, type=click.IntRange(1),
               help="So many more may wait; others are answered by 429.")  # fmt: skip
+@click.option("--allow-host", "allowed_hosts", multiple=True, metavar="NAME",
+              help="A name under which a proxy reaches it; may be given several times.")  # fmt: skip
 @click.option("--chat-template", help="A Jinja file, or chatml, instead of the tokenizer's template.")
 @with_options(model_options)
 def serve(
@@ -27,6 +29,7 @@ def serve(
     name: str | None,
     batch_size: int,
     max_waiting: int,
+    allowed_hosts: tuple[str, ...],
     chat_template: str | None,
     device: str,
     dtype: str,
@@ -59,6 +62,6 @@ def serve(
         )
     name = name or Path(model.removeprefix("hf:")).name
     run(
-        loaded, name, chat, bound, batch_size, max_waiting, api_key,
+        loaded, name, chat, bound, batch_size, max_waiting, api_key, allowed_hosts,
         ready=lambda url: click.echo(f"serving {name} on {loaded.device} ({loaded.dtype}) at {url}"),
     )  # fmt: skip

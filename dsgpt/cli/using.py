@@ -42,11 +42,11 @@ sampling_options: list[Decorator] = [
         "--repetition-penalty",
         default=1.0,
         show_default=True,
-        type=click.FloatRange(0, min_open=True),
+        type=click.FloatRange(0.01, 100),
         help="Above 1, what was there already becomes less likely.",
     ),
     click.option("--stop", multiple=True, metavar="TEXT", help="End where this comes; may be given several times."),
-    click.option("--seed", default=0, show_default=True, type=int),
+    click.option("--seed", default=0, show_default=True, type=click.IntRange(-(2**63), 2**63 - 1)),
 ]
 
 

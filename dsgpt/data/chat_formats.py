@@ -154,7 +154,7 @@ def read_question(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list
         tools = _tools(record)
         if not messages:
             raise _Bad("there is no message")
-        _check_order(messages)
+        _check_order(messages, may_be_empty=("assistant",))  # a model may have said nothing before
         if messages[-1]["role"] not in ("user", "tool"):
             raise _Bad(f"the last message is not of a user but of role {messages[-1]['role']}")
     except _Bad as bad:
@@ -298,7 +298,7 @@ def _check(messages: list[dict[str, Any]], record: Mapping[str, Any]) -> None:
     _check_order(messages)
 
 
-def _check_order(messages: list[dict[str, Any]]) -> None:
+def _check_order(messages: list[dict[str, Any]], may_be_empty: tuple[str, ...] = ()) -> None:
     roles = [message["role"] for message in messages]
     if roles.count("system") > 1:
         raise _Bad(f"there are {roles.count('system')} system messages")
@@ -306,7 +306,7 @@ def _check_order(messages: list[dict[str, Any]]) -> None:
         raise _Bad(f"the system message is message {roles.index('system')}, not the first")
     for i, message in enumerate(messages):
         is_empty = not (message["content"] or "").strip() and not message.get("tool_calls")
-        if is_empty and message["role"] in ("user", "assistant"):
+        if is_empty and message["role"] in {"user", "assistant"}.difference(may_be_empty):
             raise _Bad(f"message {i} ({message['role']}) is empty")
 
 

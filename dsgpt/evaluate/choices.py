@@ -3,23 +3,24 @@
     report = evaluate_choices(loaded.model, loaded.tokenizer, questions, writer)
     report.accuracy, report.macro_f1, report.majority
 
-The likelihood of a choice is that of all its tokens after the prompt and of the end of the turn, where the model has one:
-what the model would say, of all it could say. A question is read once; its choices continue from the same keys and values.
+The likelihood of a choice is that of all its tokens after the prompt and of the end of the turn, as the model was taught
+them: what it would say, of all it could say. A question is read once; its choices continue from the same keys and values.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from dsgpt.errors import ConfigError
 from dsgpt.evaluate.metrics import Number, bootstrap, macro_f1, mean
 from dsgpt.evaluate.questions import PromptWriter, Question
-from dsgpt.generate.text import Prompt
+from dsgpt.generate.decoder import Decoder
 from dsgpt.model.functional import IGNORE_INDEX
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
@@ -71,44 +72,41 @@ def evaluate_choices(
 ) -> ChoiceReport:
     """Choose among each question's own choices, or else among all answers of the file.
 
-    Raises DataError as `PromptWriter.prompts`.
+    Raises DataError as `PromptWriter.prompts`, and ConfigError for inputs in pieces, of which each would choose for itself.
     """
+    if writer.long_input == "chunk_and_merge":
+        raise ConfigError("a choice is made once, not for each piece of an input", do="--long-input lead, or refuse")
     everything = sorted({question.answer for question in questions})
     report = ChoiceReport([], [], [], [], 0.0)
     chances = []
+    taught: dict[tuple[str, ...], tuple[int, list[list[int]]]] = {}  # the same after every question
     for question in questions:
         choices = list(question.choices) or everything
-        prompt = writer.prompts(question)[0]
-        sums, counts = log_likelihoods(
-            model, prompt, [answer_ids(tokenizer, prompt, one) for one in choices], batch_size
-        )
+        key = tuple(choices)
+        if key not in taught:
+            taught[key] = writer.continuations(replace(question, messages=(), input="x"), choices)
+        shared, answers = taught[key]
+        writer.room = max(map(len, answers))
+        ids = writer.prompts(question)[0].ids
+        sums = log_likelihoods(model, ids[: len(ids) - shared], answers, batch_size)
         right = choices.index(question.answer)
         report.chosen.append(choices[int(np.argmax(sums))])
         report.answers.append(question.answer)
         report.losses.append(-sums[right])
-        report.tokens.append(counts[right])
+        report.tokens.append(len(answers[right]))
         chances.append(1 / len(choices))
     return ChoiceReport(report.chosen, report.answers, report.losses, report.tokens, float(np.mean(chances)))
 
 
-def answer_ids(tokenizer: Tokenizer, prompt: Prompt, text: str) -> list[int]:
-    """An answer as the model was taught to give it, with the end of its turn."""
-    if prompt.stop:  # a text, where the tokenizer has no token for it
-        return tokenizer.encode(text + prompt.stop[0])
-    return [*tokenizer.encode(text), *prompt.end_ids[:1]]
-
-
 @torch.no_grad()
 def log_likelihoods(
-    model: Any, prompt: Prompt, answers: Sequence[Sequence[int]], batch_size: int
-) -> tuple[list[float], list[int]]:
-    """(nats of each answer after the prompt, number of its tokens). What does not fit into the context is left out of it."""
+    model: Any, prompt: Sequence[int], answers: Sequence[Sequence[int]], batch_size: int
+) -> list[float]:
+    """Nats of each answer after the prompt; both together fit into the context."""
     device = next(model.parameters()).device
-    context = model.config.max_position_embeddings
-    start = model.new_cache()
-    first = model(torch.tensor([prompt.ids], device=device), cache=start, last_only=True)[0, -1].float().log_softmax(-1)
+    start = Decoder(model).new_cache()
+    first = model(torch.tensor([prompt], device=device), cache=start, last_only=True)[0, -1].float().log_softmax(-1)
     sums: list[float] = []
-    answers = [list(answer[: context - len(prompt.ids) + 1]) for answer in answers]
     for begin in range(0, len(answers), batch_size):
         part = answers[begin : begin + batch_size]
         width = max(1, max(len(answer) for answer in part) - 1)
@@ -122,4 +120,4 @@ def log_likelihoods(
         picked = logits.gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0]
         rest = torch.where(labels == IGNORE_INDEX, 0.0, picked).sum(1)
         sums += [float(first[answer[0]] + its) for answer, its in zip(part, rest, strict=True)]
-    return sums, [len(answer) for answer in answers]
+    return sums

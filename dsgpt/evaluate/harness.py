@@ -8,6 +8,7 @@ lie on the Hub need it in the cache (HF_HUB_OFFLINE=1), or a task file in `folde
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from dsgpt.checkpoint.inference import Loaded
 from dsgpt.errors import ConfigError
 from dsgpt.generate.decoder import Decoder
 from dsgpt.generate.sampling import Sampling
-from dsgpt.generate.text import Prompt, complete
+from dsgpt.generate.text import Prompt, complete, text_prompt
 
 _DEFAULT_NEW_TOKENS = 256  # as the harness's own models
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 def run_tasks(
@@ -56,7 +58,7 @@ def _harness_model(loaded: Loaded, batch_size: int) -> Any:
             return [_of_text(loaded, request.args[0]) for request in requests]
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            return [_text(loaded, *request.args, batch_size) for request in requests]
+            return _texts(loaded, [request.args for request in requests], batch_size)
 
         @property
         def tokenizer_name(self) -> str:
@@ -65,11 +67,9 @@ def _harness_model(loaded: Loaded, batch_size: int) -> Any:
     return Model()
 
 
-def _begin(loaded: Loaded) -> list[int]:
-    """What stands before every text, so that its first token is predicted too."""
-    tokenizer = loaded.tokenizer
-    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    return [] if first is None else [first]
+def _with_begin(loaded: Loaded, text: str) -> list[int]:
+    """Ids after BOS, as documents begin in training; after the end of another, where there is neither BOS nor text."""
+    return text_prompt(loaded.tokenizer, text).ids
 
 
 def _of_continuation(loaded: Loaded, before: str, text: str) -> tuple[float, bool]:
@@ -78,9 +78,9 @@ def _of_continuation(loaded: Loaded, before: str, text: str) -> tuple[float, boo
     spaces = len(before) - len(before.rstrip())
     if spaces:
         before, text = before[:-spaces], before[-spaces:] + text
-    whole = [*_begin(loaded), *loaded.tokenizer.encode(before + text)]
-    known = len([*_begin(loaded), *loaded.tokenizer.encode(before)])
-    known = max(1, min(known, len(whole) - 1))
+    begin = _with_begin(loaded, before)
+    whole = begin + loaded.tokenizer.encode(text) if not before else _with_begin(loaded, before + text)
+    known = max(1, min(len(begin), len(whole) - 1))
     context = loaded.model.config.max_position_embeddings
     left_out = max(0, len(whole) - 1 - context)  # of the beginning
     losses, is_greedy = _losses(loaded, whole[left_out:])
@@ -90,7 +90,8 @@ def _of_continuation(loaded: Loaded, before: str, text: str) -> tuple[float, boo
 
 def _of_text(loaded: Loaded, text: str) -> float:
     """Nats of all tokens of a text, in windows of the context that overlap by one token."""
-    ids, context = [*_begin(loaded), *loaded.tokenizer.encode(text)], loaded.model.config.max_position_embeddings
+    ids = _with_begin(loaded, "") + loaded.tokenizer.encode(text)
+    context = loaded.model.config.max_position_embeddings
     windows = [ids[start : start + context + 1] for start in range(0, len(ids) - 1, context)]
     return -sum(float(_losses(loaded, window)[0].sum()) for window in windows)
 
@@ -103,20 +104,37 @@ def _losses(loaded: Loaded, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]
     return F.cross_entropy(logits, there[0, 1:], reduction="none"), logits.argmax(-1) == there[0, 1:]
 
 
-def _text(loaded: Loaded, before: str, options: dict[str, Any], batch_size: int) -> str:
+def _texts(loaded: Loaded, requests: Sequence[tuple[str, dict[str, Any]]], batch_size: int) -> list[str]:
+    """Continuations; those that are asked for in the same way are decoded together."""
+    found: dict[int, str] = {}
+    alike: dict[Sampling, list[int]] = defaultdict(list)
+    for number, (_, options) in enumerate(requests):
+        alike[_sampling(options)].append(number)
+    eos, context = loaded.tokenizer.eos_id, Decoder(loaded.model).context
+    for sampling, numbers in alike.items():
+        room = context - sampling.max_new_tokens
+        if room <= 0:
+            do = "a task that generates less (generation_kwargs: max_gen_toks), or a model with a longer context"
+            seen = f"{sampling.max_new_tokens} tokens to generate, context {context}"
+            raise ConfigError("the task leaves no room for its prompts in the model's context", seen=seen, do=do)
+        prompts = [
+            # Of a prompt that is longer its end counts, as with the harness's own models.
+            Prompt(_with_begin(loaded, requests[number][0])[-room:], () if eos is None else (eos,))
+            for number in numbers
+        ]
+        done = complete(loaded.model, loaded.tokenizer, prompts, sampling, batch_size)
+        found |= {number: one.text for number, one in zip(numbers, done, strict=True)}
+    return [found[number] for number in range(len(requests))]
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    """As the harness reads its generation_kwargs."""
+    lengths = [options[name] for name in _LENGTHS if options.get(name) is not None]
     stop = options.get("until") or []
-    sampling = Sampling(
-        max_new_tokens=int(options.get("max_gen_toks", _DEFAULT_NEW_TOKENS)),
-        temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
+    return Sampling(
+        max_new_tokens=int(lengths[0]) if lengths else _DEFAULT_NEW_TOKENS,
+        temperature=float(options.get("temperature", 0.0)) if options.get("do_sample", True) else 0.0,
         top_k=0,
         top_p=float(options.get("top_p", 1.0)),
         stop=tuple([stop] if isinstance(stop, str) else stop),
     )
-    context = Decoder(loaded.model).context
-    room = max(1, context - sampling.max_new_tokens)
-    ids = [*_begin(loaded), *loaded.tokenizer.encode(before)][-room:]
-    eos = loaded.tokenizer.eos_id
-    (one,) = complete(
-        loaded.model, loaded.tokenizer, [Prompt(ids, () if eos is None else (eos,))], sampling, batch_size
-    )
-    return one.text

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -89,6 +89,12 @@ def _question(record: dict[str, Any], item: Conversation | BadRecord, place: str
     return Question(tuple(before), instruction, given, answer["content"], tuple(choices))
 
 
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 @dataclass
 class PromptWriter:
     """Prompts for one model. `chat` is None where the model is to continue plain text; `room` are tokens for the answer."""
@@ -108,11 +114,26 @@ class PromptWriter:
     def write(self, question: Question, text: str) -> Prompt:
         """The prompt that asks for `text`, however long that is."""
         asked = question.asked(text)
-        if self.chat is None:
-            before = "".join(f"{message['content']}{_SEPARATOR}" for message in question.messages)
-            prompt = text_prompt(self.tokenizer, before + asked + _SEPARATOR)
-            return replace(prompt, stop=("\n",))  # plain text has no end of a turn but a line's
+        if self.chat is None:  # plain text has no end of a turn but a line's
+            return replace(text_prompt(self.tokenizer, self._plain(question, asked)), stop=("\n",))
         return self.chat.prompt([*question.messages, {"role": "user", "content": asked}])
+
+    def continuations(self, question: Question, answers: Sequence[str]) -> tuple[int, list[list[int]]]:
+        """What follows the prompt where one of `answers` is given, as the model was taught it, end of the turn included; and
+        how many of the prompt's last tokens are others then, because they are one with the answer's first."""
+        asked = question.asked(question.input)
+        prompt = self.write(question, question.input).ids
+        whole = []
+        for answer in answers:
+            if self.chat is None:
+                whole.append(text_prompt(self.tokenizer, f"{self._plain(question, asked)}{answer}\n").ids)
+            else:
+                whole.append(self.chat.answered([*question.messages, {"role": "user", "content": asked}], answer))
+        shared = min(_shared(prompt, ids) for ids in whole)
+        return len(prompt) - shared, [ids[shared:] for ids in whole]
+
+    def _plain(self, question: Question, asked: str) -> str:
+        return "".join(f"{message['content']}{_SEPARATOR}" for message in question.messages) + asked + _SEPARATOR
 
     def fits(self, prompt: Prompt) -> bool:
         return len(prompt.ids) + self.room <= self.context

@@ -39,6 +39,14 @@ class Chat:
         except Unusable as error:
             raise DataError("the conversation cannot be written for the model", seen=str(error)) from error
 
+    def answered(self, messages: list[dict[str, Any]], answer: str) -> list[int]:
+        """Ids of the conversation with an answer, up to the end of its turn: what training has taught."""
+        told = [{"train": False, **message} for message in messages]
+        ids = self._template.encode([*told, {"role": "assistant", "content": answer, "train": True}], []).ids.tolist()
+        begin = len(self.prompt(messages).ids)
+        ends = [place for place, token in enumerate(ids) if place >= begin and token in self._end_ids]
+        return ids[: ends[0] + 1] if ends else ids
+
     def num_tokens(self, messages: list[dict[str, Any]]) -> int:
         """Of a whole conversation, as it is trained on."""
         told = [{"train": message["role"] == "assistant", **message} for message in messages]

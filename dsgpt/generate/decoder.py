@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from dsgpt.errors import DataError
+from dsgpt.errors import DataError, NumericalError
 from dsgpt.generate.sampling import Sampler, Sampling
 from dsgpt.model.cache import KeyValueCache
+from dsgpt.model.gpt import GPT
 
 Finish = Literal["stop", "length"]
 
@@ -34,8 +36,15 @@ class Row:
     sampler: Sampler
     new: list[int] = field(default_factory=list)
     finish: Finish | None = None
+    error: NumericalError | None = None  # what ended it, where that was no end
 
-    def accept(self, token: int) -> None:
+    def choose(self, logits: Tensor) -> None:
+        """Take the next token, given its logits (V,). An error ends this row alone."""
+        try:
+            token = self.sampler.choose(logits.float())
+        except NumericalError as error:
+            self.error, self.finish = error, "stop"
+            return
         if token in self.end_ids:
             self.finish = "stop"
             return
@@ -59,9 +68,13 @@ def refuse_prompt(num_tokens: int, context: int) -> None:
 
 
 class Decoder:
-    """Decodes with a model in evaluation mode, on the device it is on."""
+    """Decodes with a model in evaluation mode, on the device it is on. Raises ConfigError where that keeps no such cache."""
 
     def __init__(self, model: Any):
+        if not isinstance(model, GPT):
+            from dsgpt.model.hf_cache import check_cache
+
+            check_cache(model)
         self._model = model
         self._device = next(model.parameters()).device
         self.context: int = model.config.max_position_embeddings
@@ -77,7 +90,7 @@ class Decoder:
         row = Row(list(prompt), min(sampling.max_new_tokens, self.context - len(prompt)), end_ids, sampler)
         cache = self._model.new_cache()
         logits = self._model(torch.tensor([prompt], device=self._device), cache=cache, last_only=True)
-        row.accept(row.sampler.choose(logits[0, -1].float()))
+        row.choose(logits[0, -1])
         if self.rows:
             self._cache.join(cache)
         else:
@@ -92,10 +105,14 @@ class Decoder:
         if not self.rows:
             return []
         last = torch.tensor([[row.new[-1]] for row in self.rows], device=self._device)
-        logits = self._model(last, cache=self._cache, last_only=True)[:, -1].float()
+        logits = self._model(last, cache=self._cache, last_only=True)[:, -1]
         for row, its in zip(self.rows, logits, strict=True):
-            row.accept(row.sampler.choose(its))
+            row.choose(its)
         return list(self.rows)
+
+    def new_cache(self) -> KeyValueCache:
+        """An empty one of this model, which was checked to keep it."""
+        return self._model.new_cache()
 
     def clear(self) -> None:
         """Forget all rows, as after a failure."""

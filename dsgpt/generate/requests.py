@@ -16,12 +16,14 @@ from dsgpt.tokenizer.tokenizer import Tokenizer
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The records of a file, blank lines left out. Raises DataError for a line that is no record, and for other than UTF-8."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError("the prompts are not UTF-8", seen=f"{path}: {error}", do="convert them with iconv") from error
+    # Not splitlines: JSON strings may hold U+2028 and others.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if path.suffix not in (".jsonl", ".json", ".ndjson"):
-        return [{"prompt": line} for line in lines]
-    return [_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+        return [{"prompt": line.rstrip("\r")} for _, line in lines]
+    return [_record(line, f"{path}:{number}") for number, line in lines]
 
 
 def _record(line: str, where: str) -> dict[str, Any]:

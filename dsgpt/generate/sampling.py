@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dsgpt.errors import NumericalError
 
+_GREEDY = 1e-4  # below this temperature the likeliest token has all of the probability, or nearly
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -55,16 +57,17 @@ class Sampler:
         largest = logits.argmax()
         if logits[largest].isnan():
             raise NumericalError("the model's logits are not numbers", do="evaluate it: its weights may have diverged")
-        token = int(largest) if self._sampling.temperature <= 0 else self._draw(logits)
+        token = int(largest) if self._sampling.temperature < _GREEDY else self._draw(logits)
         if self._seen is not None:
             self._seen[token] = True
         return token
 
     def _draw(self, logits: Tensor) -> int:
         top_k = min(self._sampling.top_k or logits.numel(), logits.numel())
-        values, ids = (logits / self._sampling.temperature).topk(top_k)
-        probabilities = values.softmax(-1)
+        values, ids = logits.topk(top_k)
+        probabilities = ((values - values[0]) / self._sampling.temperature).softmax(-1)
         if self._sampling.top_p < 1:
             more_likely = probabilities.cumsum(-1) - probabilities
+            more_likely[0] = -1.0  # the likeliest stays, however small top_p is
             probabilities = probabilities.masked_fill(more_likely >= self._sampling.top_p, 0.0)
         return int(ids[torch.multinomial(probabilities.cpu(), 1, generator=self._generator)])

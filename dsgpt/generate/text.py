@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dsgpt.generate.decoder import Decoder, Finish, Row
+from dsgpt.generate.decoder import Decoder, Finish, Row, refuse_prompt
 from dsgpt.generate.sampling import Sampling
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
@@ -41,7 +41,10 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...]):
         self._tokenizer, self._stop = tokenizer, tuple(text for text in stop if text)
-        self._ids = list(prompt[-_CONTEXT_TOKENS:])
+        start = max(0, len(prompt) - _CONTEXT_TOKENS)
+        while start and tokenizer.decode(prompt[start:]).startswith(_INCOMPLETE):
+            start -= 1  # not in the middle of a character
+        self._ids = list(prompt[start:])
         self._from, self._to = 0, len(self._ids)  # the tokens whose text has been given last
         self._held = ""  # may be the beginning of a stop string
         self.stopped = False
@@ -84,7 +87,10 @@ class Continuation:
     """A prompt in a decoder, and its text."""
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, prompt: Prompt, sampling: Sampling):
-        self.row: Row = decoder.add(prompt.ids, sampling, prompt.end_ids)
+        # A special token has no text that a stop string could be found in.
+        special = [tokenizer.special_id(text) for text in sampling.stop]
+        ends = {*prompt.end_ids, *(token for token in special if token is not None)}
+        self.row: Row = decoder.add(prompt.ids, sampling, ends)
         self.text = ""
         self._stream = TextStream(tokenizer, prompt.ids, (*sampling.stop, *prompt.stop))
         self._read = 0
@@ -117,6 +123,8 @@ def stream(model: Any, tokenizer: Tokenizer, prompt: Prompt, sampling: Sampling)
     while True:
         if piece := one.news():
             yield piece
+        if one.row.error is not None:
+            raise one.row.error
         if one.row.finish is not None:
             return
         decoder.step()
@@ -127,17 +135,24 @@ def complete(
 ) -> list[Completion]:
     """The continuations in the order of their prompts, at most `batch_size` at a time, a new one as soon as one ends.
 
-    Each row has its own random numbers, so it is the same in any batch. Raises DataError as `stream`.
+    Each row has its own random numbers, so it is the same in any batch. Raises DataError as `stream`, before anything is
+    generated, and NumericalError where logits are no numbers.
     """
-    decoder, waiting = Decoder(model), deque(prompts)
-    everything: list[Continuation] = []
-    active: list[Continuation] = []
+    decoder, waiting = Decoder(model), deque(enumerate(prompts))
+    for _, prompt in waiting:
+        refuse_prompt(len(prompt.ids), decoder.context)
+    done: dict[int, Completion] = {}
+    active: dict[int, Continuation] = {}
     while waiting or active:
         while waiting and len(active) < batch_size:
-            active.append(Continuation(decoder, tokenizer, waiting.popleft(), sampling))
-            everything.append(active[-1])
-        for one in active:
+            number, prompt = waiting.popleft()
+            active[number] = Continuation(decoder, tokenizer, prompt, sampling)
+        for number, one in list(active.items()):
             one.news()
-        active = [one for one in active if one.row.finish is None]
+            if one.row.error is not None:
+                raise one.row.error
+            if one.row.finish is not None:
+                done[number] = Completion(one.text, len(one.row.new), one.row.finish)
+                del active[number]
         decoder.step()
-    return [Completion(one.text, len(one.row.new), one.row.finish or "length") for one in everything]
+    return [done[number] for number in range(len(done))]

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
+# Relative differences between two ways of the same mathematics: rounding, not another result.
+MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 # Elements of one chunk of logits: 128 MiB in fp32 keeps a GPU's matrix units busy, 8 MiB stays near a CPU's cache.
 _LOGIT_CHUNK_ELEMENTS = {"cuda": 1 << 25, "cpu": 1 << 21}
 

@@ -29,12 +29,10 @@ from torch import Tensor, nn
 
 from dsgpt.config.model import HFModelConfig
 from dsgpt.errors import ConfigError, Problem
-from dsgpt.model.cache import KeyValueCache
-from dsgpt.model.functional import chunked_cross_entropy
+from dsgpt.model.functional import MAX_DIFFERENCE, chunked_cross_entropy
 from dsgpt.model.gpt import attention_mask
+from dsgpt.model.hf_cache import HFCache
 
-# Relative differences between two ways of the same mathematics: rounding, not another result.
-MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 # Constants that older releases of transformers saved.
 _COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -159,38 +157,16 @@ def build_hf(config: HFModelConfig) -> nn.Module:
     head.forward = partial(_head, head, scale, softcap)
     model.transformers_forward = model.forward
     model.forward = types.MethodType(_forward, model)
+    for name in ("max_position_embeddings", "vocab_size"):  # some architectures have other names for them
+        if getattr(model.config, name, None) is None:
+            setattr(model.config, name, getattr(config, name))
     model.gives_mask = False
+    model.cache_checked = False
     arguments = inspect.signature(model.transformers_forward).parameters
     model.keeps_logits = "logits_to_keep" in arguments
     model.cache_argument = "cache" if "cache" in arguments else "past_key_values"  # as releases before 5.20 call it
     model.new_cache = HFCache
     return model
-
-
-class HFCache(KeyValueCache):
-    """The same, kept in an object of transformers. Layers that see a window keep all columns too: the mask hides them."""
-
-    def __init__(self) -> None:
-        from transformers import DynamicCache
-
-        super().__init__()
-        self.past = DynamicCache()
-
-    @property
-    def length(self) -> int:
-        return int(self.past.get_seq_length())
-
-    @property
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        return [(layer.keys, layer.values) for layer in self.past.layers]
-
-    @layers.setter
-    def layers(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        for layer, (keys, values) in zip(self.past.layers, pairs, strict=True):
-            layer.keys, layer.values = keys, values
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return self.past.update(keys, values, layer)
 
 
 def _head(head: nn.Linear, scale: float, softcap: float, hidden: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -7,16 +7,21 @@ frees its place in the batch.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -38,7 +43,10 @@ from dsgpt.serve.protocol import (
 )
 from dsgpt.serve.worker import Event, Job, Worker
 
-MAX_BODY_BYTES = 4 << 20
+MAX_BODY_BYTES = 4 << 20  # and less where the context is small
+_BODY_BYTES_PER_TOKEN, _BODY_BYTES = 64, 64 << 10
+_ENCODING_AT_ONCE = 2  # long texts hold the interpreter for a while, and decoding waits
+_SECONDS_TO_LOOK = 1.0  # how often it is asked whether a client is still there
 
 
 class Server:
@@ -47,20 +55,21 @@ class Server:
     def __init__(self, loaded: Loaded, name: str, chat: Chat | None, worker: Worker, api_key: str | None):
         self._loaded, self._name, self._chat, self._worker = loaded, name, chat, worker
         self._api_key = api_key
+        self._max_body = min(MAX_BODY_BYTES, _BODY_BYTES + _BODY_BYTES_PER_TOKEN * worker.context)
+        vocabulary = loaded.tokenizer.backend.get_vocab(with_added_tokens=True)
+        self._most_characters = worker.context * max(map(len, vocabulary))  # more can be no prompt
+        self._encoding = asyncio.Semaphore(_ENCODING_AT_ONCE)
 
-    def app(self) -> Starlette:
-        @asynccontextmanager
-        async def lifespan(app: Starlette) -> AsyncIterator[None]:
-            yield
-            await run_in_threadpool(self._worker.close)
-
+    def app(self, hosts: Sequence[str]) -> Starlette:
+        """`hosts` are the names that it answers to: a web page of another name cannot read from it."""
         routes = [
             Route("/v1/chat/completions", self._checked(self._chats), methods=["POST"]),
             Route("/v1/completions", self._checked(self._completions), methods=["POST"]),
             Route("/v1/models", self._checked(self._models), methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
         ]
-        return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
+        trusted = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+        return Starlette(routes=routes, middleware=[trusted], exception_handlers={HTTPException: _http_error})
 
     def _checked(
         self, handler: Callable[[HttpRequest], Awaitable[Response]]
@@ -68,11 +77,15 @@ class Server:
         """Errors of requests become answers; who has no key is turned away."""
 
         async def checked(request: HttpRequest) -> Response:
+            if request.method == "POST" and not _is_json(request):
+                return _error("the body is to be application/json", 415, None, None)
             try:
                 given = request.headers.get("authorization", "").removeprefix("Bearer ")
                 if self._api_key and not secrets.compare_digest(given.encode(), self._api_key.encode()):
                     raise RequestError(401, "the API key is missing or wrong", "invalid_api_key")
                 return await handler(request)
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody reads it
             except RequestError as error:
                 return _error(error.problems[0].what, error.status, error.code, error.parameter)
 
@@ -86,25 +99,34 @@ class Server:
         return JSONResponse({"object": "list", "data": [one]})
 
     async def _completions(self, request: HttpRequest) -> Response:
-        asked: CompletionRequest = parse(CompletionRequest, await _body(request))
-        prompt = await self._prompt(lambda: text_prompt(self._loaded.tokenizer, asked.prompt))
+        asked: CompletionRequest = await self._parsed(CompletionRequest, request)
+        tokenizer = self._loaded.tokenizer
+        prompt = await self._prompt(lambda: text_prompt(tokenizer, asked.prompt), len(asked.prompt))
         return await self._answer(request, asked, prompt, asked.max_tokens or 16)
 
     async def _chats(self, request: HttpRequest) -> Response:
-        asked: ChatRequest = parse(ChatRequest, await _body(request))
+        asked: ChatRequest = await self._parsed(ChatRequest, request)
         if self._chat is None:
             raise RequestError(
                 400, "this model's tokenizer has no chat template: use /v1/completions", None, "messages"
             )
         chat, tools = self._chat, None if asked.tool_choice == "none" else asked.tools
-        prompt = await self._prompt(lambda: chat.prompt(asked.messages, tools))
+        size = sum(len(str(message.get("content", ""))) for message in asked.messages)
+        prompt = await self._prompt(lambda: chat.prompt(asked.messages, tools), size)
         limit = asked.max_completion_tokens or asked.max_tokens or self._worker.context
         return await self._answer(request, asked, prompt, limit)
 
-    async def _prompt(self, make: Callable[[], Prompt]) -> Prompt:
+    async def _parsed(self, kind: type[Request], request: HttpRequest) -> Any:
+        return await run_in_threadpool(parse, kind, await _body(request, self._max_body))
+
+    async def _prompt(self, make: Callable[[], Prompt], characters: int) -> Prompt:
         """In a thread: a long text takes a while to encode, and the others are not to wait for it."""
+        if characters > self._most_characters:
+            text = f"the prompt does not fit into the model's context of {self._worker.context} tokens"
+            raise RequestError(400, text, "context_length_exceeded")
         try:
-            prompt = await run_in_threadpool(make)
+            async with self._encoding:
+                prompt = await run_in_threadpool(make)
             refuse_prompt(len(prompt.ids), self._worker.context)
         except DsgptError as error:
             code = "context_length_exceeded" if "context" in str(error) else "invalid_value"
@@ -134,26 +156,27 @@ class Server:
         if asked.stream:
             stream = self._stream(job, events, answer, asked.wants_usage)
             return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        text = ""
         try:
-            while True:
-                event = await self._next(request, events)
-                text += event.text
-                if event.error is not None:
-                    return _error(_one_line(event.error), 500, None, None)
-                if event.finish is not None:
-                    return JSONResponse(answer.whole(text, event.finish, len(prompt.ids), event.tokens))
+            event = await self._whole(request, events)
+            if event.error is not None:
+                return _error(_one_line(event.error), 500, None, None)
+            return JSONResponse(answer.whole(event.text, event.finish or "stop", len(prompt.ids), event.tokens))
         finally:
             self._worker.cancel(job)
 
-    async def _next(self, request: HttpRequest, events: asyncio.Queue[Event]) -> Event:
-        """The next event, or the end where the client has left meanwhile."""
+    async def _whole(self, request: HttpRequest, events: asyncio.Queue[Event]) -> Event:
+        """All of an answer as one event; the end of it where the client has left."""
+        text, looked = "", time.monotonic()
         while True:
-            try:
-                return await asyncio.wait_for(events.get(), timeout=1.0)
-            except TimeoutError:
+            with contextlib.suppress(TimeoutError):
+                event = await asyncio.wait_for(events.get(), timeout=_SECONDS_TO_LOOK)
+                text += event.text
+                if event.error is not None or event.finish is not None:
+                    return replace(event, text=text)
+            if time.monotonic() - looked > _SECONDS_TO_LOOK:
+                looked = time.monotonic()
                 if await request.is_disconnected():
-                    return Event(finish="stop")
+                    return Event(text, "stop")
 
     async def _stream(
         self, job: Job, events: asyncio.Queue[Event], answer: Answer, wants_usage: bool
@@ -177,13 +200,18 @@ class Server:
             self._worker.cancel(job)
 
 
-async def _body(request: HttpRequest) -> bytes:
-    """At most MAX_BODY_BYTES, whatever the header says."""
+def _is_json(request: HttpRequest) -> bool:
+    """Asked for, because a web page that is open on this machine could send a text to it without asking."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+
+
+async def _body(request: HttpRequest, most: int) -> bytes:
+    """At most so many bytes, whatever the header says."""
     body = bytearray()
     async for piece in request.stream():
         body += piece
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(413, f"the request is larger than {MAX_BODY_BYTES} bytes", "request_too_large")
+        if len(body) > most:
+            raise RequestError(413, f"the request is larger than {most} bytes", "request_too_large")
     return bytes(body)
 
 

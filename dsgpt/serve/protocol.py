@@ -43,7 +43,7 @@ class Request(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     stop: Annotated[str, Field(min_length=1)] | Texts | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     max_tokens: int | None = Field(None, ge=1)
@@ -75,8 +75,8 @@ class CompletionRequest(Request):
 
 
 class ChatRequest(Request):
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
+    messages: list[dict[str, Any]] = Field(max_length=1024)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=256)
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
     max_completion_tokens: int | None = Field(None, ge=1)

@@ -17,7 +17,9 @@ from dsgpt.generate.chat import Chat
 from dsgpt.serve.app import Server
 from dsgpt.serve.worker import Worker
 
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 _SECONDS_TO_END = 30
+_MORE_CONNECTIONS = 128  # than answers that run or wait: those being read, or asking for models and health
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -27,6 +29,7 @@ def bind(host: str, port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        bound.listen()  # from here on another server is told that the port is taken
     except (OSError, OverflowError) as error:
         bound.close()
         code = getattr(error, "errno", None)
@@ -53,13 +56,20 @@ def serve(
     batch_size: int,
     max_waiting: int,
     api_key: str | None,
+    allowed_hosts: tuple[str, ...],
     ready: Callable[[str], None],
 ) -> None:
     """Serve until a signal; `ready` is called with the address once requests are answered."""
     worker = Worker(loaded, batch_size, max_waiting)
-    app = Server(loaded, name, chat, worker, api_key).app()
+    hosts = (*LOOPBACK_NAMES, *allowed_hosts) if is_loopback(bound.getsockname()[0]) else allowed_hosts or ("*",)
+    app = Server(loaded, name, chat, worker, api_key).app(hosts)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SECONDS_TO_END, lifespan="on"
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=_SECONDS_TO_END,
+        limit_concurrency=batch_size + max_waiting + _MORE_CONNECTIONS,
     )
     host, port = bound.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
@@ -74,4 +84,7 @@ def serve(
             await super().startup(sockets=sockets)
             ready(f"http://{address}:{port}/v1")
 
-    Told(config).run(sockets=[bound])
+    try:
+        Told(config).run(sockets=[bound])
+    finally:
+        worker.close()

@@ -10,13 +10,12 @@ longer than the context, and by the number that may wait.
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsgpt.checkpoint.inference import Loaded
-from dsgpt.errors import DsgptError
 from dsgpt.generate.decoder import Decoder
 from dsgpt.generate.sampling import Sampling
 from dsgpt.generate.text import Continuation, Prompt
@@ -50,8 +49,9 @@ class Worker:
     def __init__(self, loaded: Loaded, batch_size: int, max_waiting: int):
         self._decoder, self._tokenizer = Decoder(loaded.model), loaded.tokenizer
         self.context = self._decoder.context
-        self._batch_size = batch_size
-        self._waiting: queue.Queue[Job | None] = queue.Queue(max_waiting)
+        self._batch_size, self._max_waiting = batch_size, max_waiting
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()  # guards `_waiting`
         self._active: list[Job] = []
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
@@ -60,25 +60,31 @@ class Worker:
     def submit(self, prompt: Prompt, sampling: Sampling, deliver: Callable[[Event], None]) -> Job | None:
         """None where too many wait already."""
         job = Job(prompt, sampling, deliver)
-        try:
-            self._waiting.put_nowait(job)
-        except queue.Full:
-            return None
+        with self._changed:
+            if len(self._waiting) >= self._max_waiting:
+                return None
+            self._waiting.append(job)
+            self._changed.notify()
         return job
 
     def cancel(self, job: Job) -> None:
         """Nobody reads this answer any more."""
         job.given_up = True
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
 
     def close(self) -> None:
         """Give up what is running and end the thread."""
         self._closing = True
+        with self._changed:
+            self._changed.notify()
         self._thread.join(timeout=60)
 
     @property
     def load(self) -> dict[str, int]:
         """How many requests are being decoded, and how many wait."""
-        return {"running": len(self._active), "waiting": self._waiting.qsize()}
+        return {"running": len(self._active), "waiting": len(self._waiting)}
 
     def _run(self) -> None:
         while not self._closing:
@@ -94,18 +100,18 @@ class Worker:
                 self._decoder.clear()
 
     def _admit(self) -> None:
-        """Let waiting requests in; wait for one where nothing else is to do."""
-        while len(self._active) < self._batch_size:
-            try:
-                # Wakes up by itself, to see whether the server closes.
-                job = self._waiting.get(block=not self._active, timeout=0.5)
-            except queue.Empty:
-                return
-            if job is None or job.given_up:
-                continue
+        """Let waiting requests in, no more than the batch has places between two steps: the others wait for their prompts
+        to be read. Where nothing else is to do, wait for one."""
+        for _ in range(self._batch_size - len(self._active)):
+            with self._changed:
+                if not self._waiting and not self._active and not self._closing:
+                    self._changed.wait()
+                if not self._waiting:
+                    return
+                job = self._waiting.popleft()
             try:
                 job.answer = Continuation(self._decoder, self._tokenizer, job.prompt, job.sampling)
-            except DsgptError as error:
+            except Exception as error:  # out of memory, say: this answer alone is lost
                 job.deliver(Event(error=error))
                 continue
             self._active.append(job)
@@ -119,6 +125,8 @@ class Worker:
                 row.finish = row.finish or "stop"
                 continue
             text = job.answer.news()
-            if text or row.finish is not None:
+            if row.error is not None:
+                job.deliver(Event(text, error=row.error))
+            elif text or row.finish is not None:
                 job.deliver(Event(text, row.finish, len(row.new)))
         self._active = [job for job in self._active if job.answer is not None and job.answer.row.finish is None]

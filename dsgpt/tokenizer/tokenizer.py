@@ -80,6 +80,12 @@ class Tokenizer:
         """bos_token, eos_token and others, as text, where there are such."""
         return dict(self._special)
 
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token, None where there is none of that name."""
+        number = self._backend.token_to_id(text)
+        token = None if number is None else self._backend.get_added_tokens_decoder().get(number)
+        return None if token is None or not token.special else int(number)
+
     @cached_property
     def chat_template(self) -> str | None:
         """The Jinja program of the folder (chat_template.jinja, or in tokenizer_config.json), if there is one."""

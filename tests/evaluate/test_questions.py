@@ -10,13 +10,15 @@ from click.testing import CliRunner
 
 from dsgpt.checkpoint.inference import load_for_use
 from dsgpt.cli import cli
+from dsgpt.data.chat_template import ChatTemplate
 from dsgpt.errors import ConfigError, DataError
 from dsgpt.evaluate.answers import write_answers
-from dsgpt.evaluate.choices import answer_ids, evaluate_choices, log_likelihoods
-from dsgpt.evaluate.questions import PromptWriter, read_questions
+from dsgpt.evaluate.choices import evaluate_choices, log_likelihoods
+from dsgpt.evaluate.questions import PromptWriter, Question, read_questions
 from dsgpt.generate.chat import Chat
 from dsgpt.generate.sampling import Sampling
-from dsgpt.generate.text import Prompt, complete
+from dsgpt.generate.text import complete
+from dsgpt.tokenizer.tokenizer import Tokenizer
 from tests.chat_folder import CONTEXT
 from tests.model import test_gpt, test_hf
 
@@ -49,9 +51,35 @@ def test_likelihoods_are_those_of_one_pass_over_prompt_and_answer(kind):
     native = test_gpt.KINDS.get(kind)
     model = test_gpt.make(native).eval() if native else test_hf.ours(test_hf.reference(kind[3:]))
     prompt, answers = [5, 9, 1, 33, 7, 2], [[4], [8, 8, 1], [60, 2], [1, 2, 3, 4, 5, 6, 7], [9, 9]]
-    sums, counts = log_likelihoods(model, Prompt(prompt), answers, batch_size=2)
-    assert counts == [1, 3, 2, 7, 2]
+    sums = log_likelihoods(model, prompt, answers, batch_size=2)
     assert sums == pytest.approx([one_pass(model, prompt, answer) for answer in answers], abs=1e-4)
+
+
+def taught(loaded, question, answer, prompt):
+    """The tokens of an answer in training: those that are learned from."""
+    asked = {"role": "user", "content": question.asked(question.input), "train": False}
+    said = {"role": "assistant", "content": answer, "train": True}
+    encoded = ChatTemplate(loaded.tokenizer).encode([asked, said], [])
+    assert encoded.ids[: len(prompt.ids)].tolist() == prompt.ids
+    return encoded.ids[encoded.learned].tolist()
+
+
+@pytest.mark.parametrize("template", [None, "[INST] {{ messages[0].content }} [/INST]{% if messages|length > 1 %}"
+                                            " {{ messages[1].content }}</s>{% endif %}"])  # fmt: skip
+def test_what_is_scored_is_what_training_teaches(template, dataset):
+    tokenizer = Tokenizer.load(dataset.parent / "tokenizer")
+    writer = PromptWriter(tokenizer, Chat(tokenizer, template or "chatml"), CONTEXT, 12)
+    question = Question((), "", "Is it so?", "Yes")
+    dropped, (ids,) = writer.continuations(question, ["Yes"])
+    messages = [
+        {"role": "user", "content": "Is it so?", "train": False},
+        {"role": "assistant", "content": "Yes", "train": True},
+    ]
+    encoded = ChatTemplate(tokenizer, template).encode(messages, [])
+    prompt = writer.write(question, question.input).ids
+    whole = prompt[: len(prompt) - dropped] + ids
+    assert whole == encoded.ids[: len(whole)].tolist() and "Yes" in tokenizer.decode(ids)
+    assert encoded.learned[len(whole) :].sum() == 0
 
 
 def test_the_likeliest_choice_is_taken_of_the_records_or_of_the_files_answers(loaded, writer, tmp_path):
@@ -62,7 +90,7 @@ def test_the_likeliest_choice_is_taken_of_the_records_or_of_the_files_answers(lo
     assert report.chance == pytest.approx(1 / 3) and report.majority == pytest.approx(3 / 7)
     for question, chosen, loss in zip(questions, report.chosen, report.losses, strict=True):
         prompt = writer.prompts(question)[0]
-        scores = {one: one_pass(loaded.model, prompt.ids, answer_ids(loaded.tokenizer, prompt, one)) for one in labels}
+        scores = {one: one_pass(loaded.model, prompt.ids, taught(loaded, question, one, prompt)) for one in labels}
         assert chosen == max(scores, key=scores.get) and loss == pytest.approx(-scores[question.answer], abs=1e-4)
     for record in records:
         record["choices"] = ["x", record["output"]] if record["output"] != "x" else ["x"]

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from dsgpt.config import ModelConfig
-from dsgpt.errors import DataError, NumericalError
+from dsgpt.errors import ConfigError, DataError, NumericalError
 from dsgpt.generate.decoder import Decoder
 from dsgpt.generate.sampling import Sampler, Sampling
+from dsgpt.model.hf import build_hf, hf_model_config
 from tests.model import test_gpt, test_hf
 
 BATCHNORM = ModelConfig(**test_gpt.BASE, norm="batchnorm")
@@ -99,9 +100,10 @@ def test_a_seed_gives_the_same_tokens_in_any_batch_and_another_one_others():
         Sampling(temperature=0.7, top_k=0),
         Sampling(temperature=1.3, top_k=5),
         Sampling(temperature=1.0, top_k=0, top_p=0.6),
+        Sampling(temperature=0.02, top_k=0, top_p=1e-30),
         Sampling(temperature=1.1, top_k=20, top_p=0.8, repetition_penalty=1.7),
     ],
-    ids=["temperature", "top-k", "top-p", "all"],
+    ids=["temperature", "top-k", "top-p", "edge", "all"],
 )
 def test_tokens_are_drawn_with_the_probabilities_of_transformers(chosen):
     from transformers.generation import logits_process as theirs
@@ -124,10 +126,41 @@ def test_tokens_are_drawn_with_the_probabilities_of_transformers(chosen):
     assert ((count / draws - expected).abs() <= 4 * deviation + 3 / draws).all()
 
 
+@pytest.mark.parametrize("kind", ["openai-gpt", "lfm2"])
+def test_an_architecture_without_such_a_cache_is_refused(kind):
+    """One keeps nothing and does not say so, the other keeps states of another kind."""
+    import transformers
+
+    sizes = {"vocab_size": 97, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "openai-gpt":
+        config = transformers.OpenAIGPTConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    else:
+        layers = ["conv", "full_attention"]
+        config = transformers.Lfm2Config(**sizes, hidden_size=32, num_key_value_heads=2, layer_types=layers)
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = build_hf(hf_model_config(theirs.config.to_dict(), 1, "here"))
+    model.load_state_dict(theirs.state_dict())
+    with pytest.raises(ConfigError, match="cannot generate here"):
+        Decoder(model.eval())
+
+
 def test_the_penalty_knows_what_was_generated_too():
     logits = torch.tensor([3.0, 2.9, 1.0])
     sampler = Sampler(Sampling(temperature=0, repetition_penalty=2.0), [2], 3, torch.device("cpu"))
     assert [sampler.choose(logits) for _ in range(3)] == [0, 1, 0]
+
+
+def test_a_row_without_numbers_ends_alone():
+    model = test_gpt.make(test_gpt.LLAMA).eval()
+    decoder = Decoder(model)
+    good, bad = (decoder.add([5, token, 3], GREEDY) for token in (17, 4))
+    keys, _ = decoder._cache.layers[0]
+    keys[1] = float("nan")
+    while decoder.step():
+        pass
+    assert good.error is None and good.new == one_pass_each(model, [5, 17, 3], 12)
+    assert isinstance(bad.error, NumericalError) and len(bad.new) == 1
 
 
 def test_logits_that_are_no_numbers_are_an_error():

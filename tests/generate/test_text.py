@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from dsgpt.data.chat_template import DEFAULT, ChatTemplate
 from dsgpt.errors import DataError
 from dsgpt.generate.chat import Chat
+from dsgpt.generate.decoder import Decoder
 from dsgpt.generate.sampling import Sampling
 from dsgpt.generate.text import TextStream, complete, stream, text_prompt
 from dsgpt.tokenizer.tokenizer import Tokenizer
@@ -74,6 +75,34 @@ def test_bytes_that_are_no_character_come_at_the_end():
 def test_a_stop_string_ends_the_text_and_nothing_of_it_is_given(stop, expected):
     found, stopped = pieces(byte_tokenizer(), "", TEXT, stop)
     assert "".join(found) == expected and stopped == (expected != TEXT)
+
+
+def test_a_special_token_can_be_a_stop_string():
+    tokenizer = byte_tokenizer()
+    model = small_model(tokenizer)
+    prompt, chosen = text_prompt(tokenizer, "ab"), Sampling(40, temperature=3.0, top_k=0, seed=2)
+    (free,) = complete(model, tokenizer, [prompt], chosen)
+    row = Decoder(model).add(prompt.ids, chosen)
+    assert row.new
+    decoder = Decoder(model)
+    row = decoder.add(prompt.ids, chosen)
+    while row.finish is None:
+        decoder.step()
+    special = {tokenizer.special_id(text): text for text in ("<|im_start|>", "<|im_end|>")}
+    first = next(token for token in row.new if token in special)
+    (ended,) = complete(model, tokenizer, [prompt], Sampling(40, 3.0, 0, seed=2, stop=(special[first],)))
+    assert ended.finish == "stop" and ended.tokens == row.new.index(first) < free.tokens
+
+
+def test_a_window_of_the_prompt_does_not_begin_in_a_character():
+    """Bytes of characters as tokens of their own, as sentencepiece falls back to: the run is decoded as one."""
+    pieces = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=pieces, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = Tokenizer(backend, {})
+    prompt, new = list("你好吗们".encode()), list("呢 hello".encode())
+    stream_ = TextStream(tokenizer, prompt, ())
+    assert "".join(stream_.add([token]) for token in new) + stream_.rest() == "呢 hello"
 
 
 def small_model(tokenizer):
@@ -141,12 +170,16 @@ def test_prompts_agree_with_transformers(tmp_path):
         ([], "no message"),
         ([{"role": "wizard", "content": "x"}], "wizard"),
         ([{"role": "user", "content": " "}], "empty"),
+        (
+            [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}, {"role": "user", "content": ""}],
+            "message 0",
+        ),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "assistant"),
         ([{"role": "user", "content": 3}], "not a text"),
         (["hello"], "not an object"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "image_url"),
     ],
-    ids=["none", "role", "empty", "answered", "number", "text", "image"],
+    ids=["none", "role", "empty", "empty-before", "answered", "number", "text", "image"],
 )
 def test_what_cannot_be_answered_says_why(messages, seen):
     with pytest.raises(DataError, match=seen):

@@ -67,6 +67,25 @@ def test_prompts_that_are_none_say_why(content, seen, model_folder, tmp_path):
     assert any(word in str(done.exception) for word in ("seen", "no message", "there are no prompts"))
 
 
+def test_lines_end_where_lines_end(loaded, model_folder, tmp_path):
+    """Not at the other characters that Python calls line ends."""
+    texts = ["a\u2028b", "c\u0085d"]
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in texts)
+    )
+    shown = run("generate", model_folder, "--prompts", tmp_path / "p.jsonl", *GREEDY, "--json").stdout.split("\n")
+    assert [json.loads(line)["prompt"] for line in shown if line] == texts
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n\n{\n')
+    done = run("generate", model_folder, "--prompts", tmp_path / "bad.jsonl")
+    assert "bad.jsonl:3" in str(done.exception)
+
+
+def test_a_chat_goes_on_after_an_answer_of_nothing(model_folder, loaded):
+    first = run("chat", model_folder, *GREEDY, input="Hello\n").stdout
+    done = run("chat", model_folder, *GREEDY, "--stop", first[:1], input="Hello\nHello\n")
+    assert done.exit_code == 0 and done.stdout == "\n\n"
+
+
 def test_options_that_cannot_be_are_refused_at_once(model_folder):
     for wrong in (
         ("--top-p", "0"),

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests import chat_folder
+from tests.hf_models import make_hf_folder
 
 model_folder = chat_folder.model_folder
 
@@ -46,6 +47,15 @@ def serving(folder, *options, **environment):
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def long_folder(dataset, tmp_path_factory):
+    """A context that takes minutes to fill."""
+    folder = tmp_path_factory.mktemp("long") / "long"
+    return make_hf_folder(
+        folder, "llama", dataset.parent / "tokenizer", 300, max_position_embeddings=30_000, eos_token_id=None
+    )
 
 
 @pytest.fixture(scope="session")

@@ -115,6 +115,7 @@ def post(url, path, body):
         return error.code, json.load(error)
 
 
+JSON = "application/json"
 USER = [{"role": "user", "content": "x"}]
 BAD = {
     "not JSON": ("/v1/completions", b"{", 400, "Invalid JSON"),
@@ -136,6 +137,9 @@ BAD = {
     "a forced tool": ("/v1/chat/completions", {"messages": USER, "tool_choice": "required"}, 400, "tool_choice"),
     "a long chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 500}]}, 400, "context"),
     "nested": ("/v1/chat/completions", b'{"messages": ' + b"[" * 5000, 400, ""),
+    "as cold as can be": ("/v1/completions", {"prompt": "x", "repetition_penalty": 1e-40}, 400, "repetition_penalty"),
+    "far too many": ("/v1/chat/completions", {"messages": [0] * 3000}, 400, "messages"),
+    "far too long": ("/v1/completions", {"prompt": "x" * 60_000}, 400, f"context of {CONTEXT}"),
     "oversized": ("/v1/completions", b'{"prompt": "' + b"x" * (5 << 20) + b'"}', 413, "larger"),
     "unknown place": ("/v1/embeddings", {"input": "x"}, 404, ""),
 }  # fmt: skip
@@ -150,6 +154,40 @@ def test_what_is_wrong_is_answered_by_4xx_and_the_server_goes_on(what, server, c
     assert client.completions.create(model="small", prompt="x", max_tokens=1).usage.completion_tokens <= 1
 
 
+def test_a_web_page_cannot_use_it(server):
+    """Neither by a form, whose type is no JSON, nor under a name that leads here."""
+    place, body = server + "/completions", json.dumps({"prompt": "x", "max_tokens": 1}).encode()
+    for headers, status in (
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Host": "evil.example", "Content-Type": JSON}, 400),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(place, data=body, headers=headers), timeout=60)
+        assert refused.value.code == status
+
+
+def test_numbers_at_the_edge_of_what_is_allowed_end_no_other_answer(client, alone):
+    """Nearly no temperature, nearly no probability: the likeliest token, beside a stream that goes on."""
+    begun = client.completions.create(model="small", prompt=PROMPTS[0], stream=True, **GREEDY)
+    found = [next(begun).choices[0].text]
+    for edge in ({"temperature": 1e-40}, {"top_p": 1e-50}, {"temperature": 1e-5, "top_p": 1e-9}):
+        done = client.completions.create(model="small", prompt=PROMPTS[1], max_tokens=12, **edge)
+        assert done.choices[0].text == alone[1][1].text
+    found += [piece.choices[0].text for piece in begun]
+    assert "".join(found) == alone[1][0].text
+
+
+def test_short_requests_do_not_hold_up_a_long_one(client):
+    """Many requests that end at once are let in between the steps of a running answer, not instead of them."""
+    begun = client.completions.create(model="small", prompt="x", max_tokens=150, temperature=0, stream=True)
+    next(begun)
+    with ThreadPoolExecutor(12) as threads:
+        many = [threads.submit(client.completions.create, model="small", prompt="y", max_tokens=1) for _ in range(150)]
+        pieces = list(begun)
+        left = sum(not one.done() for one in many)
+    assert pieces[-1].choices[0].finish_reason in ("stop", "length") and left > 0
+
+
 def running(url):
     with urllib.request.urlopen(url.removesuffix("/v1") + "/health", timeout=10) as answer:
         return json.load(answer)["running"]
@@ -162,12 +200,27 @@ def wait_until(true, seconds=20):
     return true()
 
 
+def test_a_client_that_leaves_in_its_request_costs_nothing(server, client):
+    host, port = server.removeprefix("http://").removesuffix("/v1").split(":")
+    lines = (
+        "POST /v1/completions HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        "Content-Length: 500",
+    )
+    for _ in range(20):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall("\r\n".join((*lines, "", '{"prompt"')).encode())
+    assert client.completions.create(model="small", prompt="x", max_tokens=1)
+
+
 @pytest.mark.parametrize("streamed", [True, False])
-def test_a_client_that_leaves_frees_its_place(streamed, model_folder):
-    with serving(model_folder, "--batch-size", 1) as (_, url):
+def test_a_client_that_leaves_frees_its_place(streamed, long_folder):
+    with serving(long_folder, "--batch-size", 1) as (_, url):
         host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
-        body = json.dumps({"prompt": "import", "max_tokens": CONTEXT, "stream": streamed}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        body = json.dumps({"prompt": "import", "max_tokens": 20_000, "temperature": 0, "stream": streamed}).encode()
+        lines = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json")
+        head = "\r\n".join((*lines, f"Content-Length: {len(body)}", "", "")).encode()
         with ThreadPoolExecutor(1) as threads:
             for _ in range(5):
                 with socket.create_connection((host, int(port))) as connection:

@@ -1,0 +1,224 @@
+"""What the applications make of their data sets: every schema, what is held out, near copies, long inputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dsgpt.applications import legal, news, support
+from dsgpt.applications.prepare import prepare
+from dsgpt.applications.records import Example, Shares, conversation, split_examples, task
+from dsgpt.cli import cli
+from dsgpt.errors import DataError
+from dsgpt.evaluate.questions import read_questions
+from dsgpt.generate.chat import Chat
+from dsgpt.tokenizer.tokenizer import Tokenizer
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+real_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")
+TURNS = [("USER", "I need a table"), ("SYSTEM", "Where?"), ("USER", "Here"), ("SYSTEM", "Done")]
+
+
+def said(example):
+    return [(one["role"], one["content"]) for one in example.record["messages"]]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"dialogue_id": "d", "turns": [{"speaker": who, "utterance": text, "frames": []} for who, text in TURNS]},
+        {"convo_id": "d", "original": [["agent", "Hi!"], *([{"USER": "customer", "SYSTEM": "agent"}[who], text]
+                                                          for who, text in TURNS), ["action", "looked up"]]},
+    ],
+    ids=["sgd", "abcd"],
+)  # fmt: skip
+def test_dialogues_begin_with_a_customer_and_end_with_an_agent(record):
+    (one,) = support.examples("dialogues", [record])
+    assert said(one) == [("user", "I need a table"), ("assistant", "Where?"), ("user", "Here"), ("assistant", "Done")]
+    assert one.group == "d"
+
+
+def test_turns_of_one_side_are_one_and_a_last_question_is_left_out():
+    turns = [(False, "a"), (False, " b "), (True, "c"), (False, ""), (True, "d"), (False, "e")]
+    assert [one["content"] for one in conversation(turns)] == ["a\nb", "c\nd"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"title": "Are pets allowed?", "body": "No."},
+        {"question": "Are pets allowed?", "answer": "No."},
+        {"instruction": "Are pets allowed?", "response": "No.", "category": "PETS", "intent": "pets"},
+        {"hotel": {"0": {"name": "Inn", "docs": {"0": {"title": "Are pets allowed?", "body": "No."}}}}},
+    ],
+    ids=["flat", "question", "bitext", "dstc9"],
+)
+def test_frequent_questions_of_every_schema(record):
+    (one,) = support.examples("faq", [record])
+    asked = "Inn: Are pets allowed?" if "hotel" in record else "Are pets allowed?"
+    assert said(one) == [("user", asked), ("assistant", "No.")]
+
+
+def test_manuals_and_intents():
+    flows = {"Orders": {"description": "x", "subflows": {"Refund": {"actions": [{"text": "Ask"}, {"text": "Pay"}]}}}}
+    (one,) = support.examples("manuals", [flows])
+    assert one.record == task(support.MANUAL, "Orders: Refund", "1. Ask\n2. Pay")
+    rows = [{"text": "lost it", "category": "lost_card"}, {"text": "lost it", "label": 3, "label_text": "lost_card"}]
+    for row in (*rows, {"instruction": "lost it", "intent": "lost_card"}):
+        (one,) = support.examples("intents", [row])
+        assert one.record == task(support.ROUTE, "lost it", "lost card")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"article": "Long. News.", "highlights": "News."},
+        {"document": "Long. News.", "summary": "News."},
+        {"prompt": "Summarise the article:\n\nLong. News.", "completion": "News.<|endoftext|>"},
+        {"prompt": "Summarize: Long. News.", "completion": "News.</endoftext/>"},
+    ],
+)
+def test_articles_of_every_schema(record):
+    (one,) = news.examples("articles", [record])
+    assert one.record == task(news.SUMMARISE, "Long. News.", "News.")
+
+
+def test_the_lead_is_the_first_sentences():
+    text = 'ROME (Reuters) -- It rained. "Why?" he said. Mr. Smith left at 5 p.m. today.\nThe end came.'
+    assert news.lead(text, 2).startswith('ROME (Reuters) -- It rained. "Why?" he said.')
+    assert news.lead("One sentence only") == "One sentence only"
+
+
+def test_a_contract_is_made_of_all_passages_of_a_document():
+    rows = {f"u{i}": {"original_text": f"passage {i} of it.", "reference_summary": f"says {i}", "urls": "{'a.com'}",
+                      "doc": "Terms"} for i in range(3)}  # fmt: skip
+    found = list(legal.examples("summaries", [rows]))
+    assert [one.kind for one in found] == ["summaries"] * 3 + ["contracts"] * 3
+    assert found[4].record["input"] == "passage 0 of it.\n\npassage 1 of it.\n\npassage 2 of it."
+    assert (found[4].record["instruction"], found[4].record["output"]) == (f"{legal.FIND} says 1", "passage 1 of it.")
+    assert len({one.group for one in found}) == 1
+    cuad = {"title": "C", "context": "All of it.", "question": "Who?", "answers": {"text": ["it"], "answer_start": [7]}}
+    (one,) = legal.examples("contracts", [cuad, {**cuad, "answers": {"text": [], "answer_start": []}}])
+    assert one.record == task(f"{legal.FIND} Who?", "All of it.", "it")
+    (one,) = legal.examples("clauses", [{"text": "we may change it", "label": "Unilateral change"}])
+    assert one.record["output"] == "Unilateral change"
+
+
+@pytest.mark.parametrize(
+    "of, source",
+    [(support, "dialogues"), (support, "faq"), (support, "manuals"), (support, "intents"), (news, "articles"),
+     (legal, "summaries"), (legal, "clauses"), (legal, "contracts")],
+)  # fmt: skip
+def test_a_record_of_no_known_schema_is_named(of, source):
+    with pytest.raises(DataError, match="one, two"):
+        list(of.examples(source, [{"one": 1, "two": "2"}]))
+
+
+def test_groups_stay_together_and_near_copies_of_what_is_held_out_are_not_trained_on():
+    words = [f"word{i}" for i in range(21)]
+    examples = [
+        Example("a", f"group {i % 40}", task("Do:", " ".join([*words[i % 7 :], f"n{i % 40}", *words[::-1]]), f"{i}"))
+        for i in range(400)
+    ]
+    split = split_examples(examples, Shares(validation=0.2, test=0.2), seed=1)
+    sides = [{one.group for one in side} for side in (split.train, split.validation, split.test)]
+    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2]) and all(sides)
+    again = split_examples(reversed(examples), Shares(validation=0.2, test=0.2), seed=1)
+    assert {one.group for one in again.test} <= sides[2], "a group's side does not depend on the others"
+    copies = [Example("b", f"g{i}", task("Do:", " ".join(words), "x")) for i in range(30)]
+    assert split_examples(copies, Shares(), 1).near_copies["b"] == 29
+    assert split_examples(copies, Shares(), 1).counts()["b"]["train"] == 0, "the one that is left is a held-out one"
+
+
+@pytest.fixture
+def tokenizer(dataset):
+    return Tokenizer.load(dataset.parent / "tokenizer")
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_what_is_prepared_fits_and_is_asked_whole(tokenizer, tmp_path):
+    rows = [{"document": f"Report {i}. " + f"It goes on about {i}, and so on. " * (i % 9), "summary": f"It is {i}."}
+            for i in range(60)]  # fmt: skip
+    told = []
+    summary = prepare("news", {"articles": [write(tmp_path / "a.jsonl", rows)]}, tmp_path / "out", tokenizer, 96,
+                      report=told.append)  # fmt: skip
+    chat, cut = Chat(tokenizer, "chatml"), 0
+    for line in (tmp_path / "out/train.jsonl").read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        assert chat.num_tokens(messages) <= 97 and messages[1]["content"].startswith("It is")
+        cut += len(messages[0]["content"]) < len(news.SUMMARISE) + 2 + len(
+            rows[int(messages[1]["content"][6:-1])]["document"]
+        )
+    assert cut == summary["inputs_cut"]["articles"] > 0 and "cut to their lead" in told[0]
+    whole = {row["summary"]: row["document"].strip() for row in rows}
+    questions = read_questions(tmp_path / "out/test-articles.jsonl")
+    assert questions and all(whole[one.answer] == one.input for one in questions)
+
+
+def test_conversations_are_asked_at_every_answer_and_choices_are_those_of_training(tokenizer, tmp_path):
+    chats = [{"dialogue_id": f"{i}", "turns": [{"speaker": who, "utterance": f"{text} {i}"} for who, text in TURNS]}
+             for i in range(40)]  # fmt: skip
+    intents = [{"text": f"message {i} about it", "category": f"kind_{i % 4}"} for i in range(60)]
+    sources = {"dialogues": [write(tmp_path / "d.jsonl", chats)], "intents": [write(tmp_path / "i.jsonl", intents)]}
+    summary = prepare(
+        "support", sources, tmp_path / "out", tokenizer, 128, limits={"intents": 20}, report=lambda _: None
+    )
+    counts = summary["kinds"]
+    asked = read_questions(tmp_path / "out/test-dialogues.jsonl")
+    assert len(asked) == 2 * counts["dialogues"]["test"] and {one.answer.split()[0] for one in asked} == {
+        "Where?",
+        "Done",
+    }
+    routed = read_questions(tmp_path / "out/test-intents.jsonl")
+    assert all(one.choices == ("kind 0", "kind 1", "kind 2", "kind 3") for one in routed)
+    assert counts["intents"]["train"] == 20
+
+
+def test_the_command_names_what_it_does_not_know(tokenizer, dataset, tmp_path):
+    def run(*source):
+        words = ["application", "prepare", "news", *source, "--tokenizer", dataset.parent / "tokenizer"]
+        words += ["--seq-length", 64, "--output", tmp_path / "out"]
+        return CliRunner().invoke(cli, [str(word) for word in words])
+
+    path = write(tmp_path / "a.jsonl", [{"document": f"d {i}", "summary": "s"} for i in range(9)])
+    assert run("--source", f"articles={path}").exit_code == 0
+    wrong = run("--source", f"books={path}")
+    assert isinstance(wrong.exception, DataError) and "articles (" in str(wrong.exception)
+    assert isinstance(run().exception, DataError)
+    assert run("--source", "articles").exit_code == 2
+
+
+@real_data
+@pytest.mark.parametrize(
+    "name, sources, kinds",
+    [
+        (
+            "support",
+            {"dialogues": ["support/sgd_train_dialogues_001.json", "support/abcd_sample.json"],
+             "faq": ["support/dstc9_faq_knowledge.json"], "manuals": ["support/abcd_guidelines.json"],
+             "intents": ["support/banking77_train.csv"]},
+            {"dialogues": 131, "faq": 2900, "intents": 10003, "manuals": 55},
+        ),
+        ("news", {"articles": ["news/cnn_dm_200.jsonl", "news/xsum_200.jsonl"]}, {"articles": 400}),
+        (
+            "legal",
+            {"summaries": ["legal/legalsum_tosdr_annotated_v1.json"], "clauses": ["legal/unfair_tos_test.tsv"]},
+            {"summaries": 361, "clauses": 3841, "contracts": 212},
+        ),
+    ],
+    ids=["support", "news", "legal"],
+)  # fmt: skip
+def test_real_data_of_the_same_schemas_is_read_whole(name, sources, kinds, tokenizer, tmp_path):
+    """As many examples as the files have records; what was left out was counted."""
+    places = {key: [str(SHARED / one) for one in files] for key, files in sources.items()}
+    summary = prepare(name, places, tmp_path, tokenizer, 1024, report=lambda _: None)
+    assert {kind: sum(counts.values()) for kind, counts in summary["kinds"].items()} == kinds
+    for kind in kinds:
+        assert read_questions(tmp_path / f"test-{kind}.jsonl")
