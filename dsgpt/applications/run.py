@@ -14,22 +14,27 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dsgpt.applications.prepare import SUMMARY, application
 from dsgpt.commands import Commands
+from dsgpt.data.dataset import IGNORED, read_samples
+from dsgpt.data.packing import open_chat
 from dsgpt.train.state import read_metrics
 
-WAYS = {
+WAYS: dict[str, dict[str, Any] | None] = {
     "untuned": None,
     "last_blocks": {
         "fine_tuning.train": "last_blocks",
         "fine_tuning.num_last_blocks": 2,
-        "optimizer.learning_rate": 1e-3,
+        "optimizer.learning_rate": 5e-4,
     },
     "lora": {"fine_tuning.train": "lora", "optimizer.learning_rate": 4e-3},
     "full": {"fine_tuning.train": "all", "optimizer.learning_rate": 1e-3},
@@ -76,6 +81,7 @@ class Comparison:
             "application": self.name,
             "base": self.base,
             "data": json.loads((self._data / SUMMARY).read_text("utf-8")),
+            "unigram_entropy": unigram_entropy(self.folder / "test", self._seq_length),
             "ways": ways,
             "cells": cells,
             "chosen": {share: self._chosen(share) for share in SHARES} if self.grid else {},
@@ -218,3 +224,15 @@ class Comparison:
             self._train(name, SHARES[share], changes)
         events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
         return next(int(event["num_last_blocks"]) for event in events if "num_last_blocks" in event)
+
+
+def unigram_entropy(folder: Path, seq_length: int) -> float:
+    """Nats per token of the tokens that are learned from in a dataset, by how frequent each is there: what a model reaches
+    that knows nothing of order. A tuned one has to be below it."""
+    samples = open_chat(folder, "train", seq_length)
+    counts: Counter[int] = Counter()
+    for number in range(samples.num_samples):
+        labels = read_samples(samples, np.array([number]))["labels"]
+        counts.update(labels[labels != IGNORED].tolist())
+    shares = np.array(list(counts.values())) / max(1, counts.total())
+    return float(-(shares * np.log(shares)).sum())

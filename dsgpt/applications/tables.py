@@ -75,6 +75,7 @@ def auto_is_right(losses: Mapping[int, float], choice: int) -> bool:
 def facts(result: Mapping[str, Any], tuned: Mapping[str, Lines], untuned: Mapping[str, Lines]) -> Iterator[str]:
     """Lines below the tables: the data, differences to the untuned model and to baselines. Lines are of --output files."""
     yield from summary_lines(result["data"])
+    yield f"unigram entropy of the held-out answers: {result['unigram_entropy']:.3f} nats per token"
     of = application(result["application"])
     for kind in of.GENERATED:
         if kind in tuned and kind in untuned:
