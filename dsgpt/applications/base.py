@@ -13,7 +13,9 @@ VOCAB_SIZE = 4096
 EXPORT = "export"
 
 
-def make_base(texts: list[str], folder: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+def make_base(
+    texts: list[str], folder: Path, overrides: tuple[str, ...] = (), vocab_size: int = VOCAB_SIZE
+) -> dict[str, Any]:
     """All stages into `folder`, those that are done left out; what the export says of itself.
 
     The tokenizer has the tokens of ChatML from the beginning, so that tuning adds none.
@@ -26,7 +28,7 @@ def make_base(texts: list[str], folder: Path, overrides: tuple[str, ...] = ()) -
     if not (tokenizer / "tokenizer_training.json").exists():
         tokens = [word for token in CHATML for word in ("--add-tokens", token)]
         commands.run(
-            "tokenizer", "tokenizer", "train", *texts, "--vocab-size", VOCAB_SIZE, *tokens, "--output", tokenizer
+            "tokenizer", "tokenizer", "train", *texts, "--vocab-size", vocab_size, *tokens, "--output", tokenizer
         )
     if not (data / "dataset.json").exists():
         commands.run(

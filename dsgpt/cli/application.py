@@ -69,13 +69,14 @@ def prepare(
 @application.command()
 @click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
 @click.option("--output-dir", required=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--vocab-size", default=4096, show_default=True, type=click.IntRange(16), help="Of its tokenizer.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of the run config small-base.")
-def base(texts: tuple[str, ...], output_dir: Path, overrides: tuple[str, ...]) -> None:
+def base(texts: tuple[str, ...], output_dir: Path, vocab_size: int, overrides: tuple[str, ...]) -> None:
     """Pretrain a small model on TEXT files, to try the applications with; its export is OUTPUT_DIR/export."""
     from dsgpt.applications.base import make_base
     from dsgpt.units import format_count
 
-    report = make_base([str(text) for text in texts], output_dir, overrides)
+    report = make_base([str(text) for text in texts], output_dir, overrides, vocab_size)
     click.echo(f"{report['path']}: {format_count(report['num_parameters'])} parameters")
 
 

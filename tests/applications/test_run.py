@@ -1,0 +1,130 @@
+"""The comparison of ways from data to tables, as commands; and what the tables say of known numbers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dsgpt.applications import tables
+from dsgpt.applications.run import unigram_entropy
+from dsgpt.data.dataset import IGNORED, read_samples
+from dsgpt.data.packing import open_chat
+from tests.applications.test_prepare import write
+
+
+def interval(value):
+    return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
+
+RESULT = {
+    "application": "support",
+    "unigram_entropy": 3.5,
+    "data": {"kinds": {"faq": {"train": 10, "validation": 1, "test": 2, "near_copies": 3}}, "inputs_cut": {"faq": 5}},
+    "ways": {
+        way: {
+            "loss": loss,
+            "general_loss": 2.0,
+            "kinds": {
+                "faq": {"rougeL": interval(0.3), "token_f1": interval(0.2)},
+                "intents": {"accuracy": interval(0.5), "macro_f1": interval(0.4), "chance": 0.1, "majority": 0.2,
+                            "majority_macro_f1": 0.03},
+            },
+            **({} if way == "untuned" else {"trained": 1000, "tokens_per_second": 2000.0, "peak_memory_bytes": 1 << 30}),
+        }
+        for way, loss in (("untuned", 5.0), ("last_blocks", 3.0), ("full", 2.5))
+    },
+    "cells": {"1 of 10%": 3.04, "2 of 10%": 3.0, "6 of 10%": 3.2, "1 of 100%": 2.9, "2 of 100%": 2.7, "6 of 100%": 2.5},
+    "chosen": {"10%": 1, "100%": 3},
+}  # fmt: skip
+
+
+def test_the_tables_show_each_number_under_its_heading():
+    headings, rows = tables.ways_table(RESULT)
+    cells = dict(zip(headings, rows[1], strict=True))
+    assert cells["held-out loss"] == "3.000" and cells["general text"] == "2.000"
+    assert cells["faq: ROUGE-L"].startswith("0.300 [0.200") and cells["intents: macro-F1"].startswith("0.400")
+    assert (cells["trained"], cells["memory"]) == ("1K", "1.0 GiB") and rows[0][-1] == ""
+    headings, rows = tables.cells_table(RESULT)
+    assert headings == ["of the data", "last 1", "last 2", "last 6", "auto"]
+    assert rows[0][1:] == ["3.040 *", "3.000", "3.200", "1: within 0.05 of the best"]
+    assert rows[1][-1] == "3: NOT within 0.05 of the best", "counted as the 2 that it is nearest to"
+    answers = [{"faq": [{"rougeL": value} for value in side]} for side in ([0.5, 0.6, 0.7], [0.1, 0.2, 0.3])]
+    text = "\n".join(tables.facts(RESULT, *answers))
+    assert "5 inputs (50%) cut" in text and "tuned minus untuned 0.400" in text and "by chance 0.100" in text
+
+
+def articles(count):
+    """Each summary can be told from the article's first words."""
+    return [{"document": f"City {i % 9} grows. It is said that number {i} matters. " * 3, "summary": f"City {i % 9} grows."}
+            for i in range(count)]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ways_are_trained_evaluated_and_shown_and_a_second_call_does_nothing_again(model_folder, tmp_path):
+    path = write(tmp_path / "articles.jsonl", articles(120))
+
+    def run():
+        words = ["application", "run", "news", "--source", f"articles={path}", "--base", model_folder]
+        words += ["--output-dir", tmp_path / "out", "--samples", 5, "--max-new-tokens", 8]
+        for override in ("training.num_epochs=null", "training.max_steps=3", "optimizer.warmup_steps=1"):
+            words += ["--set", override]
+        command = [sys.executable, "-m", "dsgpt", *map(str, words), "--set", "training.global_batch_size=4"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    first = run()
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert set(result["ways"]) == {"untuned", "last_blocks", "lora", "full", "scratch"}
+    assert len({way["loss"] for way in result["ways"].values()}) == 5
+    assert set(result["cells"]) == {f"{n} of {share}" for n in (1, 2, 3) for share in ("10%", "100%")}
+    shown = [way["loss"] for way in result["ways"].values()]
+    assert all(f"{loss:.3f}" in first for loss in shown) and "lead-3: rouge1" in first
+    assert (
+        result["ways"]["lora"]["trained"] < result["ways"]["last_blocks"]["trained"] < result["ways"]["full"]["trained"]
+    )
+    told = subprocess.run(
+        [sys.executable, "-m", "dsgpt", "evaluate", tmp_path / "out/full", "--data", tmp_path / "out/test", "--split", "train",
+         "--json"], capture_output=True, text=True,
+    )  # fmt: skip
+    assert json.loads(told.stdout)["loss"] == pytest.approx(result["ways"]["full"]["loss"], rel=1e-6)
+    samples = open_chat(tmp_path / "out/test", "train", 256)
+    labels = np.concatenate(
+        [read_samples(samples, np.array([i]))["labels"].ravel() for i in range(samples.num_samples)]
+    )
+    counts = np.bincount(labels[labels != IGNORED])
+    shares = counts[counts > 0] / counts.sum()
+    assert unigram_entropy(tmp_path / "out/test", 256) == pytest.approx(-(shares * np.log(shares)).sum())
+    second = run()
+    assert "$ dsgpt" not in second and second.strip() in first
+
+
+@pytest.mark.slow
+def test_the_small_base_is_made_and_made_once(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(30):
+        (texts / f"{i}.txt").write_text(
+            " ".join(f"The {w} of {i} goes {w * i}." for w in ("cat", "dog", "sun", "sea")) * 40
+        )
+
+    def run():
+        words = ["application", "base", texts, "--output-dir", tmp_path / "base", "--set", "training.max_steps=2"]
+        words += ["--set", "training.num_epochs=null", "--set", "optimizer.warmup_steps=1", "--vocab-size", 300]
+        command = [sys.executable, "-m", "dsgpt", *map(str, words), "--set", "training.global_batch_size=2"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+    done = run()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base/export")
+    assert model.config.max_position_embeddings == 1024 and model.config.num_hidden_layers == 6
+    assert (
+        len(AutoTokenizer.from_pretrained(tmp_path / "base/export").encode("<|im_end|>", add_special_tokens=False)) == 1
+    )
+    assert "$ dsgpt" not in run().stdout
