@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def ways_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     first = next(iter(result["ways"].values()))
     kinds = list(first["kinds"])
     has_general = "general_loss" in first
-    headings = ["", "held-out loss", *(["general text"] if has_general else [])]
+    headings = ["", "held-out loss (perplexity)", *(["general text"] if has_general else [])]
     for kind in kinds:
         headings += (
             [f"{kind}: accuracy", f"{kind}: macro-F1"] if kind in of.CHOSEN else [f"{kind}: ROUGE-L", "token F1"]
@@ -39,7 +40,11 @@ def ways_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _way_row(way: str, row: Mapping[str, Any], of: Any, has_general: bool) -> list[str]:
-    cells = [_LABELS[way], f"{row['loss']:.3f}", *([f"{row['general_loss']:.3f}"] if has_general else [])]
+    cells = [
+        _LABELS[way],
+        f"{row['loss']:.3f} ({math.exp(row['loss']):.1f})",
+        *([f"{row['general_loss']:.3f}"] if has_general else []),
+    ]
     for kind, numbers in row["kinds"].items():
         names = ("accuracy", "macro_f1") if kind in of.CHOSEN else ("rougeL", "token_f1")
         cells += [_number(numbers[name]) for name in names]

@@ -45,7 +45,7 @@ RESULT = {
 def test_the_tables_show_each_number_under_its_heading():
     headings, rows = tables.ways_table(RESULT)
     cells = dict(zip(headings, rows[1], strict=True))
-    assert cells["held-out loss"] == "3.000" and cells["general text"] == "2.000"
+    assert cells["held-out loss (perplexity)"] == "3.000 (20.1)" and cells["general text"] == "2.000"
     assert cells["faq: ROUGE-L"].startswith("0.300 [0.200") and cells["intents: macro-F1"].startswith("0.400")
     assert (cells["trained"], cells["memory"]) == ("1K", "1.0 GiB") and rows[0][-1] == ""
     headings, rows = tables.cells_table(RESULT)
