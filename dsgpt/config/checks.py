@@ -243,11 +243,13 @@ def ineffective_settings(config: RunConfig, written: set[str]) -> list[str]:
         reasons["model.rope_theta"] = "positions are learned, not rotary"
     kind, _, name = model.init_from.partition(":")
     if kind not in ("scratch", "deepspeed") or (kind == "deepspeed" and described_folder(Path(name))):
-        own = ("init_from", "trust_checkpoint", "dropout", "implementation")
+        own = ("init_from", "trust_checkpoint", "dropout", "implementation", "attention")
         for key in (key for key in type(model).model_fields if key not in own):
             reasons[f"model.{key}"] = f"the shape comes from {model.init_from}"
     if kind != "hf" and not (kind == "deepspeed" and described_folder(Path(name))):
         reasons["model.implementation"] = "it is about hf:<folder>; there is one implementation of anything else"
+    if kind == "scratch" or model.implementation == "native":
+        reasons["model.attention"] = "it is about models of transformers; the native GPT has one way"
     reasons |= _ineffective_fine_tuning(config)
     stop, training = config.run.stop_at_step, config.training
     if stop is not None and training.num_epochs is None and stop >= training.num_steps():

@@ -111,6 +111,11 @@ class ModelSection(_Architecture):
         default="auto",
         description="of hf:<…>: the native GPT (auto: where it holds the architecture exactly), or that of transformers",
     )
+    attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
+        default="auto",
+        description="of a model of transformers: how it attends (auto: torch's scaled_dot_product_attention); packed "
+        "documents stay apart with each, or the run does not begin",
+    )
     trust_checkpoint: Bool = Field(
         default=False,
         description="read what init_from names also from pytorch_model.bin, or DeepSpeed's pickles, that may execute code",

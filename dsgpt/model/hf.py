@@ -16,6 +16,7 @@ whether documents see each other, once before the first step.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -167,6 +168,24 @@ def build_hf(config: HFModelConfig) -> nn.Module:
     model.cache_argument = "cache" if "cache" in arguments else "past_key_values"  # as releases before 5.20 call it
     model.new_cache = HFCache
     return model
+
+
+def choose_attention(model: Any, name: str) -> None:
+    """Let it attend in another way that transformers has for it. Raises ConfigError where that is not here.
+
+    The package flash_attn has to be installed: without it transformers would look for a compiled kernel on the hub.
+    """
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        do = "install it, on a machine with GPUs; or model.attention=sdpa"
+        raise ConfigError(f"model.attention={name} needs the package {package}", do=do)
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        do = "model.attention=auto"
+        raise ConfigError(
+            f"this model cannot attend by {name}", seen=f"{type(model).__name__}: {error}", do=do
+        ) from error
 
 
 def _head(head: nn.Linear, scale: float, softcap: float, hidden: Tensor, labels: Tensor | None = None) -> Tensor:

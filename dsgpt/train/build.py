@@ -68,6 +68,10 @@ def rehearse(run: Run) -> None:
 
 def _adapted(plan: ResolvedRun) -> nn.Module:
     model, settings = build_model(plan.model), plan.config.fine_tuning
+    if isinstance(plan.model, HFModelConfig) and plan.config.model.attention != "auto":
+        from dsgpt.model.hf import choose_attention
+
+        choose_attention(model, plan.config.model.attention)
     if settings.train == "lora":
         names = [name for name, _ in model.named_parameters()]
         add_adapters(model, settings.lora, blocks_prefix(names, plan.model.num_hidden_layers))

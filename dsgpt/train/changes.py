@@ -38,6 +38,7 @@ POLICIES = (
     Policy("model.trust_checkpoint", "applied", "it is about reading what init_from names"),
     Policy("model.dropout.*", "applied", ""),
     Policy("model.implementation", "ignored", "the checkpoint says which"),
+    Policy("model.attention", "applied", "the same result up to rounding"),
     Policy("model.*", "refused", "the saved tensors have these shapes and meanings"),
     Policy("fine_tuning.lora.*", "refused", "the saved adapters have these shapes and meanings"),
     Policy("fine_tuning.*", "applied", "what is trained from here on begins with moments of zero; a start says so"),

@@ -345,6 +345,11 @@ def test_settings_of_fine_tuning_without_effect_warn(minimal: Path, overrides: l
     assert all("has no effect" in line for line in warnings)
 
 
+def test_a_way_to_attend_is_chosen_for_models_of_transformers_alone(minimal: Path) -> None:
+    [warning] = load_config([minimal], ["model.attention=eager"]).warnings
+    assert warning.startswith("model.attention has no effect")
+
+
 def test_an_implementation_is_chosen_for_hugging_face_folders_alone(minimal: Path) -> None:
     [warning] = load_config([minimal], ["model.implementation=native"]).warnings
     assert warning.startswith("model.implementation has no effect")

@@ -10,7 +10,15 @@ from dsgpt.config import Dropout
 from dsgpt.errors import ConfigError
 from dsgpt.model.build import block_of, blocks_prefix
 from dsgpt.model.functional import chunked_cross_entropy
-from dsgpt.model.hf import build_hf, check_forward, constants, hf_model_config, names_in_folder, transformers_config
+from dsgpt.model.hf import (
+    build_hf,
+    check_forward,
+    choose_attention,
+    constants,
+    hf_model_config,
+    names_in_folder,
+    transformers_config,
+)
 from tests.hf_models import BLOCKS, hf_config
 
 KINDS = ("gpt2", "llama", "qwen3", "mistral", "gemma", "gpt_neox", "phi", "opt")
@@ -36,6 +44,27 @@ def ours(model, **changes):
     built = build_hf(config)
     built.load_state_dict(model.state_dict())
     return built.eval()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gpt_neox", "opt"])
+@pytest.mark.parametrize("way", ["eager", "sdpa"])
+def test_every_way_to_attend_keeps_documents_apart_and_gives_the_same_loss(kind, way):
+    theirs = reference(kind)
+    model = ours(theirs)
+    choose_attention(model, way)
+    assert model.config._attn_implementation == way
+    check_forward(model, VOCAB, torch.device("cpu"))
+    ids, labels = (torch.randint(VOCAB, (1, 20), generator=torch.Generator().manual_seed(n)) for n in (1, 2))
+    expected = float(F.cross_entropy(theirs(ids).logits[0], labels[0], reduction="sum"))
+    assert float(model(ids, labels=labels)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_way_to_attend_that_is_not_here_is_refused_and_nothing_is_downloaded():
+    model = ours(reference("mistral"))
+    with pytest.raises(ConfigError, match="flash_attn"):
+        choose_attention(model, "flash_attention_2")
+    with pytest.raises(ConfigError, match="cannot attend"):
+        choose_attention(model, "nonsense")
 
 
 @pytest.mark.parametrize("kind", KINDS)
