@@ -45,6 +45,7 @@ from dsgpt.serve.worker import Event, Job, Worker
 
 MAX_BODY_BYTES = 4 << 20  # and less where the context is small
 _BODY_BYTES_PER_TOKEN, _BODY_BYTES = 64, 64 << 10
+_DROPPED_BYTES = 64 << 20
 _ENCODING_AT_ONCE = 2  # long texts hold the interpreter for a while, and decoding waits
 _SECONDS_TO_LOOK = 1.0  # how often it is asked whether a client is still there
 
@@ -206,12 +207,17 @@ def _is_json(request: HttpRequest) -> bool:
 
 
 async def _body(request: HttpRequest, most: int) -> bytes:
-    """At most so many bytes, whatever the header says."""
-    body = bytearray()
+    """At most so many bytes, whatever the header says. More are read and dropped, up to a bound: a client that is still
+    sending does not see an answer."""
+    body, size = bytearray(), 0
     async for piece in request.stream():
-        body += piece
-        if len(body) > most:
-            raise RequestError(413, f"the request is larger than {most} bytes", "request_too_large")
+        size += len(piece)
+        if size <= most:
+            body += piece
+        elif size > _DROPPED_BYTES:
+            break
+    if size > most:
+        raise RequestError(413, f"the request is larger than {most} bytes", "request_too_large")
     return bytes(body)
 
 

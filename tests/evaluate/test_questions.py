@@ -200,6 +200,7 @@ doc_to_text: "{{{{q}}}}"
 """
 
 
+@pytest.mark.slow
 def test_tasks_of_the_harness_agree_with_its_own_model_of_transformers(loaded, model_folder, tmp_path, monkeypatch):
     import lm_eval
     from lm_eval.models.huggingface import HFLM

@@ -38,6 +38,7 @@ def test_all_state_arrives_to_the_last_bit_and_training_goes_on(source, target, 
         assert found.loss_error <= LOSS_ERROR[source.dtype]
 
 
+@pytest.mark.slow
 def test_whatever_a_load_forgets_is_found(tmp_path):
     for trained in ("", "dora"):
         source, target = Cell(1, 3, "bf16", trained), Cell(2, 1, "bf16", trained)

@@ -77,6 +77,7 @@ FORGETFUL = (
 )
 
 
+@pytest.mark.slow
 def test_a_resume_that_forgets_a_moment_is_found_with_its_first_step_and_tensor(write_run, package_with, tmp_path):
     package = package_with(*FORGETFUL)
     code, told = verify(write_run("bad"), package=package)

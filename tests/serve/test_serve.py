@@ -20,6 +20,7 @@ from dsgpt.errors import ConfigError
 from dsgpt.generate.chat import Chat
 from dsgpt.generate.sampling import Sampling
 from dsgpt.generate.text import complete, text_prompt
+from dsgpt.serve.worker import Worker
 from tests.chat_folder import CONTEXT
 from tests.serve.conftest import serving
 
@@ -124,7 +125,7 @@ BAD = {
     "a number": ("/v1/completions", {"prompt": 5}, 400, "prompt"),
     "not UTF-8": ("/v1/completions", b'{"prompt": "\xff"}', 400, ""),
     "a surrogate": ("/v1/completions", b'{"prompt": "\\ud800"}', 400, ""),
-    "too long": ("/v1/completions", {"prompt": "word " * 500}, 400, f"context {CONTEXT}"),
+    "too long": ("/v1/completions", {"prompt": "word " * 500}, 400, f"context of {CONTEXT}"),
     "too hot": ("/v1/completions", {"prompt": "x", "temperature": 9}, 400, "temperature"),
     "not finite": ("/v1/completions", b'{"prompt": "x", "temperature": NaN}', 400, ""),
     "two answers": ("/v1/completions", {"prompt": "x", "n": 2}, 400, "n: "),
@@ -177,15 +178,21 @@ def test_numbers_at_the_edge_of_what_is_allowed_end_no_other_answer(client, alon
     assert "".join(found) == alone[1][0].text
 
 
-def test_short_requests_do_not_hold_up_a_long_one(client):
-    """Many requests that end at once are let in between the steps of a running answer, not instead of them."""
-    begun = client.completions.create(model="small", prompt="x", max_tokens=150, temperature=0, stream=True)
-    next(begun)
-    with ThreadPoolExecutor(12) as threads:
-        many = [threads.submit(client.completions.create, model="small", prompt="y", max_tokens=1) for _ in range(150)]
-        pieces = list(begun)
-        left = sum(not one.done() for one in many)
-    assert pieces[-1].choices[0].finish_reason in ("stop", "length") and left > 0
+def test_between_two_steps_no_more_are_let_in_than_there_are_places(model_folder, monkeypatch):
+    """Requests that end with their first token would else be let in one after another while a running answer waits."""
+    monkeypatch.setattr(Worker, "_run", lambda self: None)
+    loaded = load_for_use(str(model_folder), "cpu")
+    worker, told = Worker(loaded, batch_size=4, max_waiting=100), []
+    prompt = text_prompt(loaded.tokenizer, "x")
+    worker.submit(prompt, Sampling(50, temperature=0), told.append)
+    worker._admit()
+    short = [worker.submit(prompt, Sampling(1, temperature=0), lambda event: None) for _ in range(20)]
+    worker._admit()
+    assert worker.load == {"running": 1, "waiting": 17} and len(told) >= 1
+    for job in short[5:]:
+        worker.cancel(job)
+    assert worker.load["waiting"] == 2, "who has left takes no place in the queue"
+    worker.close()
 
 
 def running(url):
