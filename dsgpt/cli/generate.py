@@ -43,10 +43,10 @@ def generate(
     records: list[dict[str, Any]] = [{"prompt": text} for text in prompts] if file is None else _read(file)
     loaded = load(model, device, dtype, trust_checkpoint)
     from dsgpt.cli.common import print_json, waiting
-    from dsgpt.generate.requests import prompt_of
+    from dsgpt.generate.requests import prompts_of
     from dsgpt.generate.text import complete
 
-    made = [prompt_of(record, loaded.tokenizer) for record in records]
+    made = prompts_of(records, loaded.tokenizer)
     with waiting("generating"):
         done = complete(loaded.model, loaded.tokenizer, made, chosen, batch_size)
     place = str(loaded.location.path)

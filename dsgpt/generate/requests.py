@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,12 @@ def _record(line: str, where: str) -> dict[str, Any]:
     return found
 
 
-def prompt_of(record: Mapping[str, Any], tokenizer: Tokenizer) -> Prompt:
-    """Of a `prompt`, continued as text, or of `messages`, answered by the tokenizer's chat template."""
-    if "messages" in record:
-        return Chat(tokenizer).prompt(record["messages"], record.get("tools"))
-    return text_prompt(tokenizer, record["prompt"])
+def prompts_of(records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[Prompt]:
+    """Of each `prompt`, continued as text, or `messages`, answered by the tokenizer's chat template."""
+    chat = Chat(tokenizer) if any("messages" in record for record in records) else None
+    return [
+        chat.prompt(record["messages"], record.get("tools"))
+        if chat is not None and "messages" in record
+        else text_prompt(tokenizer, record["prompt"])
+        for record in records
+    ]

@@ -305,6 +305,7 @@ def run_two_ranks(yaml: Path, folder: Path, fault: str, control_group: Path | No
             process.kill()
 
 
+@pytest.mark.slow
 def test_three_starts_without_a_commit_end_with_93_and_the_next_one_tries_again(write_run, tmp_path):
     """A run that dies before its first commit, three times; a stop in between (75) would not have counted."""
     from dsgpt.checkpoint import starts

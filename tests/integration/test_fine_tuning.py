@@ -197,6 +197,7 @@ def test_partitions_in_bf16_start_with_the_folders_loss_and_resume(way, kind, hf
     export_and_load(tmp_path / "straight", tmp_path / "export")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["dora", "unfreezing"])
 def test_a_run_that_trains_a_part_goes_on_with_other_ranks_and_another_stage(way, hf_folder, write_run, tmp_path):
     settings = SHORT | {
@@ -217,6 +218,7 @@ def test_a_run_that_trains_a_part_goes_on_with_other_ranks_and_another_stage(way
         assert torch.equal(one.tensor(name), other.tensor(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "kind", "policy"),
     [

@@ -37,6 +37,7 @@ def wait_for_step(run: Path, step: int, job: HostJob, seconds: float = 120) -> N
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_arguments_and_folder_arrive_as_they_are_and_no_planted_environment_does(dataset, hosts, tmp_path):
     options, environment = hosts
     canary = tmp_path / "X"

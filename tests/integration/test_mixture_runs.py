@@ -95,6 +95,7 @@ def test_a_mixture_stopped_inside_equals_an_uninterrupted_one_and_reads_what_was
     assert kept["loss"] == evaluation["loss"] and kept["sets"] == sets
 
 
+@pytest.mark.slow
 def test_other_weights_or_sources_are_refused_and_appended_ones_only_on_purpose(write_run, tmp_path, dataset, others):
     """The whole life of a run that takes in a source: refused, allowed, recorded, and then simply its order."""
     base = {"checkpoint.save_interval": 2, "optimizer.warmup_steps": 0, "optimizer.lr_schedule": "constant"}

@@ -220,6 +220,7 @@ def test_the_end_of_the_job_is_met_with_a_commit_without_any_signal(write_run, t
     assert committed["step"] == losses(tmp_path / "run")[-1][0] and committed["time"] < ends[0]["job_ends"]
 
 
+@pytest.mark.slow
 def test_another_dtype_on_resume_carries_the_fp32_state_to_the_bit_and_is_told(write_run, tmp_path):
     """T507: masters and moments are fp32 in every checkpoint, so nothing is lost, and nothing has to be refused."""
     from dsgpt.checkpoint.diff import compare

@@ -29,7 +29,16 @@ def pairs():
         yield Cell(*source, dtype, trained), Cell(world, stage, dtype, trained)
 
 
-@pytest.mark.parametrize("source, target", pairs(), ids=str)
+IN_DEFAULT_TIER = 6
+
+
+def marked_pairs():
+    """The first few in the default tier; all of them in the slow one, and in `python -m tests.faults topology`."""
+    for number, pair in enumerate(pairs()):
+        yield pytest.param(*pair, marks=pytest.mark.slow if number >= IN_DEFAULT_TIER else ())
+
+
+@pytest.mark.parametrize("source, target", marked_pairs(), ids=str)
 def test_all_state_arrives_to_the_last_bit_and_training_goes_on(source, target, tmp_path):
     for changed in ranks(source.world).run(save_cell, tmp_path, source):
         assert changed == [], "the save itself changed the state"
@@ -73,6 +82,7 @@ def test_the_cells_cover_every_topology_and_every_pair_of_stages_and_of_worlds(t
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["dora", "mistral"])
 def test_a_process_that_has_imported_nothing_builds_it_under_zero_3(trained):
     pool = RankPool(1)

@@ -59,6 +59,7 @@ def package_with(tmp_path):
     return change
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_is_told_to_be_bit_identical_and_the_runs_own_folder_stays_away(write_run, tmp_path):
     yaml = write_run("good", **{"training.max_steps": 9, "checkpoint.save_interval": 2})  # too short for 2 x 5
     code, told = verify(yaml, "--steps", "5")
