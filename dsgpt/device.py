@@ -19,6 +19,12 @@ class Device:
     memory_bytes: int | None = None
     bf16: bool = True
 
+    def dtype(self, wanted: str) -> str:
+        """What "auto" is for using a model: bf16 on a GPU that has it, else fp32."""
+        if wanted != "auto":
+            return wanted
+        return "bf16" if self.kind == "cuda" and self.bf16 else "fp32"
+
     def check_ranks(self, local_size: int) -> None:
         """Refuse to leave GPUs idle by accident: fewer ranks on this node than GPUs torch sees."""
         if self.kind == "cuda" and local_size < self.visible:

@@ -28,7 +28,6 @@ from dsgpt.evaluate.questions import PromptWriter, Question
 from dsgpt.generate.chat import Chat
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
-NAMES = ("support", "news", "legal")
 SUMMARY = "summary.json"
 _TENTH = 0.1
 _ROOM = 2  # tokens that a cut elsewhere can make more

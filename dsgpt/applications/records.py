@@ -5,9 +5,6 @@
 Held out is by group, a conversation or a document, so that nothing of one is on both sides. Near copies are examples that
 share nine in ten of their word triples with an earlier one; held-out ones come first, so what is left out is training data.
 A group's side follows from its name and the seed alone: more data later moves nothing.
-
-Trade-off: near copies are found exactly, by an index of all triples in memory (about 100 bytes for each word), which is
-right for millions of words and too much for billions.
 """
 
 from __future__ import annotations
@@ -18,6 +15,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from dsgpt.data.near_copies import NearCopies
 
 NEAR_COPY_SHARE = 0.9
 _SIDES = ("test", "validation", "train")
@@ -68,10 +67,11 @@ def split_examples(examples: Iterable[Example], shares: Shares, seed: int) -> Sp
     sides: dict[str, list[Example]] = {side: [] for side in _SIDES}
     for one in examples:
         sides[_side(one, shares, seed)].append(one)
-    split, index = Split(), _Index()
+    split = Split()
+    seen: dict[str, NearCopies] = defaultdict(lambda: NearCopies(lambda *sizes: NEAR_COPY_SHARE * max(sizes)))
     for side in _SIDES:
         for one in sides[side]:
-            if index.holds(one.kind, one.compared or text_of(one.record)):
+            if seen[one.kind].add(_triples(one.compared or text_of(one.record))) is not None:
                 split.near_copies[one.kind] += 1
             else:
                 getattr(split, side).append(one)
@@ -89,26 +89,6 @@ def place_of(group: str, seed: int) -> float:
     """Where in [0, 1) a group lies, the same in every kind: a document's summaries are on the side of its questions."""
     digest = hashlib.blake2b(f"{seed}\0{group}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
-
-
-class _Index:
-    """Which texts were there, by their word triples."""
-
-    def __init__(self) -> None:
-        self._holders: dict[tuple[str, int], list[int]] = defaultdict(list)
-        self._sizes: list[int] = []
-
-    def holds(self, kind: str, text: str) -> bool:
-        """Whether a near copy of it is there already; else it is added."""
-        triples = _triples(text)
-        shared = Counter(number for triple in triples for number in self._holders.get((kind, triple), ()))
-        for number, count in shared.items():
-            if count >= NEAR_COPY_SHARE * max(len(triples), self._sizes[number]):
-                return True
-        for triple in triples:
-            self._holders[kind, triple].append(len(self._sizes))
-        self._sizes.append(len(triples))
-        return False
 
 
 def _triples(text: str) -> set[int]:

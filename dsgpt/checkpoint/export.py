@@ -28,7 +28,7 @@ from dsgpt.checkpoint import commit
 from dsgpt.checkpoint.model_card import Facts, model_card
 from dsgpt.checkpoint.plain import PlainWeights
 from dsgpt.checkpoint.reader import CheckpointReader
-from dsgpt.checkpoint.weights import ModelLocation, load_model, require_intact
+from dsgpt.checkpoint.weights import DTYPES, ModelLocation, load_model, require_intact
 from dsgpt.config import HFModelConfig, ModelConfig, parse_model
 from dsgpt.errors import CheckpointError
 from dsgpt.model.hf_format import hf_config, to_hf
@@ -38,7 +38,6 @@ from dsgpt.planning import parameter_count
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 << 30
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Two implementations of the same mathematics in fp32 differ by rounding only.
 MAX_LOGIT_DIFFERENCE = 1e-3
 

@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 
-from dsgpt.checkpoint.weights import ModelLocation, find_model, load_model, read_model_config
+from dsgpt.checkpoint.weights import DTYPES, ModelLocation, find_model, load_model, read_model_config
 from dsgpt.device import choose_device
 from dsgpt.errors import OutOfMemoryError
 from dsgpt.launch.hardware import available_memory_bytes
 from dsgpt.model.build import model_shapes
 from dsgpt.tokenizer.tokenizer import Tokenizer
 from dsgpt.units import format_bytes
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,7 @@ def load_for_use(text: str, device: str = "auto", dtype: str = "auto", trust: bo
     """
     location = find_model(text)
     found = choose_device(device)
-    if dtype == "auto":
-        dtype = "bf16" if found.kind == "cuda" and found.bf16 else "fp32"
+    dtype = found.dtype(dtype)
     _refuse_too_large(location, found.kind, DTYPES[dtype])
     model = load_model(location, found.kind, trust, DTYPES[dtype])
     return Loaded(location, model, Tokenizer.load(location.tokenizer), found.kind, dtype)

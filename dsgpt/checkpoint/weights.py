@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from dsgpt.partitioned import Fragment
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as configs and options name them
+
+
 @dataclass(frozen=True)
 class ModelLocation:
     """Where a MODEL argument leads: a committed checkpoint or a Hugging Face folder, and its tokenizer folder."""

@@ -47,13 +47,11 @@ def _rank(model: str, arguments: dict[str, Any]) -> None:
     from dsgpt.tokenizer import Tokenizer
 
     engine.prepare_process()
-    device, dtype = choose_device(arguments["device"]), arguments["dtype"]
-    if dtype == "auto":
-        dtype = "bf16" if device.kind == "cuda" and device.bf16 else "fp32"
+    device = choose_device(arguments["device"])
     world = distributed.start(device.kind, expected_hosts=expected_hosts())
     engine.init_distributed(world)
     location, rows = find_model(model), arguments["batch_size"]
-    divided = load_divided(location, world, dtype, rows, arguments["trust_checkpoint"])
+    divided = load_divided(location, world, device.dtype(arguments["dtype"]), rows, arguments["trust_checkpoint"])
     tokenizer = Tokenizer.load(location.tokenizer)
     result = evaluate(divided, tokenizer, Path(arguments["data"]), arguments["split"], arguments["samples"], rows)
     if world.is_main and arguments["json"]:

@@ -4,8 +4,7 @@
 
 A few whole packages are held out, so that the held-out figure says something about code that was never seen. Files
 that are near copies of another are dropped, because they would make that figure too good: every file is a set of
-shingles (hashes of three lines in a row), and two files that share half of the smaller one's shingles are copies. An
-index from shingle to files finds the candidates, so the work grows with the text and not with the pairs of files. The
+shingles (hashes of three lines in a row), and two files that share half of the smaller one's shingles are copies. The
 trade-off: a shingle is exact, so a copy with every third line edited passes as new text.
 """
 
@@ -15,11 +14,11 @@ import json
 import lzma
 import os
 import sysconfig
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsgpt.data.near_copies import NearCopies
 from dsgpt.errors import DataError
 
 # Whole packages, present on Python 3.11 to 3.13 and in the small distributions of it; about 6 % of the bytes.
@@ -105,21 +104,9 @@ def build_corpus(
 
 def near_duplicates(texts: dict[str, str]) -> dict[str, str]:
     """The near copies among `texts`: name -> the earlier name it copies. Earlier entries of the dict are kept."""
-    names = list(texts)
-    copies: dict[str, str] = {}
-    sizes: dict[int, int] = {}
-    holders: dict[int, list[int]] = defaultdict(list)
-    for number, name in enumerate(names):
-        shingles = _shingles(texts[name])
-        shared = Counter(kept for shingle in shingles for kept in holders.get(shingle, ()))
-        near = [kept for kept, count in shared.items() if count >= DUPLICATE_SHARE * min(len(shingles), sizes[kept])]
-        if near:
-            copies[name] = names[min(near)]
-            continue
-        sizes[number] = len(shingles)
-        for shingle in shingles:
-            holders[shingle].append(number)
-    return copies
+    names, index = list(texts), NearCopies(lambda size, earlier: DUPLICATE_SHARE * min(size, earlier))
+    copied = {name: index.add(_shingles(text)) for name, text in texts.items()}
+    return {name: names[number] for name, number in copied.items() if number is not None}
 
 
 def xz_bits_per_byte(text: str) -> float:
