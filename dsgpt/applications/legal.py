@@ -29,8 +29,12 @@ PUBLIC = {
 PLAIN = "Say in plain words:"
 CLASSIFY = "What is unfair in this clause?"
 FIND = "Quote the passage that says:"
-GENERATED = ("summaries", "contracts")
-CHOSEN = ("clauses",)
+CHOSEN = ("clauses",)  # by likelihood; the other kinds are answered
+METRICS = {
+    "summaries": ("rougeL", "rouge1", "rouge2"),
+    "contracts": ("token_f1", "exact_match", "rougeL"),
+    "clauses": ("accuracy", "macro_f1"),
+}
 
 
 def examples(source: str, records: Iterable[Mapping[str, Any]]) -> Iterator[Example]:

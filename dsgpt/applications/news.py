@@ -17,8 +17,8 @@ from dsgpt.errors import DataError
 SOURCES = {"articles": "articles with their summaries"}
 PUBLIC = {"articles": "hf:abisee/cnn_dailymail:3.0.0 and hf:EdinburghNLP/xsum"}
 SUMMARISE = "Summarise:"
-GENERATED = ("articles",)
 CHOSEN: tuple[str, ...] = ()
+METRICS = {"articles": ("rougeL", "rouge1", "rouge2")}
 _INSTRUCTION = re.compile(r"\A\s*summari[sz]e[^:\n]{0,40}:\s*", re.IGNORECASE)
 _END = re.compile(r"\s*(<\|endoftext\|>|</endoftext/?>)\s*\Z")
 _SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")

@@ -23,10 +23,14 @@ from typing import Any
 
 import numpy as np
 
+from dsgpt.applications.news import lead
 from dsgpt.applications.prepare import SUMMARY, application
 from dsgpt.commands import Commands
 from dsgpt.data.dataset import IGNORED, read_samples
 from dsgpt.data.packing import open_chat
+from dsgpt.evaluate.answers import score
+from dsgpt.evaluate.metrics import mean
+from dsgpt.evaluate.questions import read_questions
 from dsgpt.train.state import read_metrics
 
 WAYS: dict[str, dict[str, Any] | None] = {
@@ -83,6 +87,7 @@ class Comparison:
             "data": json.loads((self._data / SUMMARY).read_text("utf-8")),
             "unigram_entropy": unigram_entropy(self.folder / "test", self._seq_length),
             "ways": ways,
+            "baselines": {kind: self._baselines(kind, found) for kind, found in ways["untuned"]["kinds"].items()},
             "cells": cells,
             "chosen": {share: self._chosen(share) for share in SHARES} if self.grid else {},
         }
@@ -166,17 +171,29 @@ class Comparison:
         of = application(self.name)
         limit = ("--samples", self.samples) if self.samples else ()
         common = ("--chat-template", "chatml", "--long-input", self.long_input, *limit, "--json")
-        for kind in (*of.GENERATED, *of.CHOSEN):
+        for kind in of.METRICS:
             path = self._data / f"test-{kind}.jsonl"
             if not path.exists() or not path.stat().st_size:
                 continue
-            output = ("--output", self.folder / f"{way}-{kind}.jsonl")
+            output = ("--output", said_file(self.folder, way, kind))
             asked = (
                 ("--choices", path)
                 if kind in of.CHOSEN
                 else ("--answers", path, "--max-new-tokens", self.max_new_tokens)
             )
             yield kind, self._commands.json(f"{kind}: what {way} says", "evaluate", model, *asked, *output, *common)
+
+    def _baselines(self, kind: str, found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """What needs no training: chance and the most frequent class; the first three sentences of an article."""
+        if kind in application(self.name).CHOSEN:
+            majority = {"accuracy": found["majority"], "macro_f1": found["majority_macro_f1"]}
+            given = {"by chance": {"accuracy": found["chance"]}, "most frequent": majority}
+            return {name: {key: {"value": value} for key, value in numbers.items()} for name, numbers in given.items()}
+        if self.name != "news":
+            return {}
+        questions = read_questions(self._data / f"test-{kind}.jsonl", self.samples)
+        scores = score([one.answer for one in questions], [lead(one.input) for one in questions])
+        return {"lead-3": {name: vars(mean(values)) for name, values in scores.items()}}
 
     def _cost(self, run: Path) -> dict[str, Any]:
         metrics = [entry for entry in read_metrics(run / "metrics.jsonl") if "tokens_per_second" in entry]
@@ -224,6 +241,11 @@ class Comparison:
             self._train(name, SHARES[share], changes)
         events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
         return next(int(event["num_last_blocks"]) for event in events if "num_last_blocks" in event)
+
+
+def said_file(folder: Path, way: str, kind: str) -> Path:
+    """What a way said to each question of a kind."""
+    return folder / f"{way}-{kind}.jsonl"
 
 
 def unigram_entropy(folder: Path, seq_length: int) -> float:

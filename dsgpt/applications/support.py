@@ -26,8 +26,13 @@ PUBLIC = {
 }
 ROUTE = "Which intent does this message have?"
 MANUAL = "Explain step by step:"
-GENERATED = ("dialogues", "faq", "manuals")  # measured by what is answered; intents by the likeliest
-CHOSEN = ("intents",)
+CHOSEN = ("intents",)  # by likelihood; the other kinds are answered
+METRICS = {
+    "dialogues": ("rougeL", "token_f1", "perplexity"),
+    "faq": ("rougeL", "token_f1", "perplexity"),
+    "manuals": ("rougeL", "token_f1", "perplexity"),
+    "intents": ("accuracy", "macro_f1"),
+}
 
 
 def examples(source: str, records: Iterable[Mapping[str, Any]]) -> Iterator[Example]:

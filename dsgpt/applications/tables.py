@@ -1,16 +1,13 @@
-"""What an application's comparison prints: one table of ways, one of numbers of blocks, and what follows from them."""
+"""What an application's comparison prints: tables of its ways, of each kind of question, and of numbers of blocks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from dsgpt.applications.news import lead
 from dsgpt.applications.prepare import application, summary_lines
-from dsgpt.evaluate.answers import score
-from dsgpt.evaluate.metrics import mean, mean_difference
+from dsgpt.evaluate.metrics import mean_difference
 from dsgpt.units import format_bytes, format_count
 
 WITHIN = 0.05  # nats: so near to the best number of blocks a choice is right
@@ -21,45 +18,75 @@ _LABELS = {
     "full": "all weights",
     "scratch": "from scratch",
 }
+_HEADINGS = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "token_f1": "token F1",
+    "exact_match": "exact match",
+    "perplexity": "perplexity",
+}
 Lines = Sequence[Mapping[str, Any]]
+Table = tuple[str, list[str], list[list[str]]]  # title, headings, rows
 
 
-def ways_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows): held-out loss, a metric of each kind of question, and what the training cost."""
-    of = application(result["application"])
-    first = next(iter(result["ways"].values()))
-    kinds = list(first["kinds"])
-    has_general = "general_loss" in first
-    headings = ["", "held-out loss (perplexity)", *(["general text"] if has_general else [])]
-    for kind in kinds:
-        headings += (
-            [f"{kind}: accuracy", f"{kind}: macro-F1"] if kind in of.CHOSEN else [f"{kind}: ROUGE-L", "token F1"]
-        )
+def ways_table(result: Mapping[str, Any]) -> Table:
+    """Held-out loss of all that is learned from, loss on general text where that was asked for, and what training cost."""
+    has_general = "general_loss" in next(iter(result["ways"].values()))
+    headings = ["", "held-out loss", "perplexity", *(["general text"] if has_general else [])]
     headings += ["trained", "tokens/s", "memory"]
-    return headings, [_way_row(way, row, of, has_general) for way, row in result["ways"].items()]
+    rows = []
+    for way, row in result["ways"].items():
+        cells = [_LABELS[way], f"{row['loss']:.3f}", f"{math.exp(row['loss']):.1f}"]
+        cells += [f"{row['general_loss']:.3f}"] if has_general else []
+        rows.append([*cells, *_cost(row)])
+    return f"{result['application']}: ways of training", headings, rows
 
 
-def _way_row(way: str, row: Mapping[str, Any], of: Any, has_general: bool) -> list[str]:
-    cells = [
-        _LABELS[way],
-        f"{row['loss']:.3f} ({math.exp(row['loss']):.1f})",
-        *([f"{row['general_loss']:.3f}"] if has_general else []),
-    ]
-    for kind, numbers in row["kinds"].items():
-        names = ("accuracy", "macro_f1") if kind in of.CHOSEN else ("rougeL", "token_f1")
-        cells += [_number(numbers[name]) for name in names]
+def _cost(row: Mapping[str, Any]) -> list[str]:
     if row.get("tokens_per_second") is None:
-        return [*cells, "", "", ""]
+        return ["", "", ""]
     trained = "all" if row["trained"] is None else format_count(row["trained"])
-    return [*cells, trained, format_count(row["tokens_per_second"]), format_bytes(row["peak_memory_bytes"])]
+    return [trained, format_count(row["tokens_per_second"]), format_bytes(row["peak_memory_bytes"])]
+
+
+def kind_table(result: Mapping[str, Any], kind: str, said: Mapping[str, Lines]) -> Table:
+    """The metrics of one kind of question, with 95 % intervals; what each way gains over the untuned model; baselines.
+
+    `said` are the lines of each way's --output file.
+    """
+    of = application(result["application"])
+    main, *others = of.METRICS[kind]
+    headings = ["", _HEADINGS[main], "minus untuned", *(_HEADINGS[name] for name in others)]
+    rows = []
+    for way, row in result["ways"].items():
+        numbers = row["kinds"][kind]
+        gain = "" if way == "untuned" else str(mean_difference(_each(said[way], main), _each(said["untuned"], main)))
+        rows.append([_LABELS[way], _number(numbers[main]), gain, *(_number(numbers[name]) for name in others)])
+    for name, numbers in result.get("baselines", {}).get(kind, {}).items():
+        cells = [_number(numbers[metric]) if metric in numbers else "" for metric in of.METRICS[kind]]
+        rows.append([name, cells[0], "", *cells[1:]])
+    questions = next(iter(result["ways"].values()))["kinds"][kind]["questions"]
+    return f"{kind}, {questions} questions", headings, rows
+
+
+def _each(lines: Lines, metric: str) -> list[float]:
+    """One number a question."""
+    if metric == "accuracy":
+        return [float(line["choice"] == line["answer"]) for line in lines]
+    return [line[metric] for line in lines]
 
 
 def _number(found: Mapping[str, float]) -> str:
+    if "low" not in found:
+        return f"{found['value']:.3f}"
     return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
-def cells_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows): held-out loss by number of last blocks and share of the data; * is what auto chose."""
+def cells_table(result: Mapping[str, Any]) -> Table:
+    """Held-out loss by number of last blocks and share of the data; * is what auto chose."""
     cells, chosen = result["cells"], result["chosen"]
     numbers = sorted({int(name.split(" of ")[0]) for name in cells})
     rows = []
@@ -68,7 +95,8 @@ def cells_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         right = auto_is_right(losses, choice)
         marked = [f"{loss:.3f}{' *' if number == choice else ''}" for number, loss in losses.items()]
         rows.append([share, *marked, f"{choice}: {'within' if right else 'NOT within'} {WITHIN} of the best"])
-    return ["of the data", *(f"last {number}" for number in numbers), "auto"], rows
+    headings = ["of the data", *(f"last {number}" for number in numbers), "auto"]
+    return "held-out loss by number of last blocks", headings, rows
 
 
 def auto_is_right(losses: Mapping[int, float], choice: int) -> bool:
@@ -77,28 +105,18 @@ def auto_is_right(losses: Mapping[int, float], choice: int) -> bool:
     return losses[near] <= min(losses.values()) + WITHIN
 
 
-def facts(result: Mapping[str, Any], tuned: Mapping[str, Lines], untuned: Mapping[str, Lines]) -> Iterator[str]:
-    """Lines below the tables: the data, differences to the untuned model and to baselines. Lines are of --output files."""
+def facts(result: Mapping[str, Any]) -> Iterator[str]:
+    """Lines below the tables: what is in the data, which inputs were too long, the loss that knows nothing of order."""
     yield from summary_lines(result["data"])
+    for kind, numbers in result["ways"]["untuned"]["kinds"].items():
+        asked, cut, pieces = (numbers["long_inputs"].get(name, 0) for name in ("asked", "cut", "in pieces"))
+        if cut or pieces:
+            done = "cut to their lead" if cut else "read in pieces"
+            yield f"{kind}: {cut or pieces} of {asked} inputs ({(cut or pieces) / asked:.0%}) of the questions {done}"
     yield f"unigram entropy of the held-out answers: {result['unigram_entropy']:.3f} nats per token"
-    of = application(result["application"])
-    for kind in of.GENERATED:
-        if kind in tuned and kind in untuned:
-            pairs = ([row["rougeL"] for row in side[kind]] for side in (tuned, untuned))
-            yield f"{kind}: ROUGE-L tuned minus untuned {mean_difference(*pairs)}"
-    for kind in of.CHOSEN:
-        numbers = result["ways"]["full"]["kinds"].get(kind)
-        if numbers:
-            yield (
-                f"{kind}: by chance {numbers['chance']:.3f}, always the most frequent {numbers['majority']:.3f}, whose "
-                f"macro-F1 is {numbers['majority_macro_f1']:.3f}"
-            )
 
 
-def lead_line(path: Path) -> str:
-    """ROUGE of the first three sentences of each article of a test file: what summaries of news have to beat."""
-    from dsgpt.evaluate.questions import read_questions
-
-    questions = read_questions(path)
-    scores = score([one.answer for one in questions], [lead(one.input) for one in questions])
-    return "lead-3: " + ", ".join(f"{name} {mean(scores[name])}" for name in ("rouge1", "rouge2", "rougeL"))
+def markdown(table: Table) -> str:
+    title, headings, rows = table
+    lines = [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
+    return "\n".join([f"**{title}**", "", *lines, ""])

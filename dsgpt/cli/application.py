@@ -123,15 +123,21 @@ def run(
 
 
 def _print(result: dict[str, Any], folder: Path) -> None:
+    """The tables, which are also written as Markdown."""
     from rich.console import Console
     from rich.table import Table
 
     from dsgpt.applications import tables
+    from dsgpt.applications.run import said_file
 
-    made = [(f"{result['application']}: ways of training", tables.ways_table(result))]
+    made = [tables.ways_table(result)]
+    for kind in result["ways"]["untuned"]["kinds"]:
+        files = {way: said_file(folder, way, kind) for way in result["ways"]}
+        said = {way: [json.loads(line) for line in file.read_text("utf-8").splitlines()] for way, file in files.items()}
+        made.append(tables.kind_table(result, kind, said))
     if result["cells"]:
-        made.append(("held-out loss by number of last blocks", tables.cells_table(result)))
-    for title, (headings, rows) in made:
+        made.append(tables.cells_table(result))
+    for title, headings, rows in made:
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for heading in headings:
             table.add_column(heading, overflow="fold")
@@ -139,19 +145,13 @@ def _print(result: dict[str, Any], folder: Path) -> None:
             table.add_row(*row)
         click.echo()
         Console(highlight=False).print(table)
-    lines = [_outputs(folder, way, result) for way in ("full", "untuned")]
+    facts = list(tables.facts(result))
     click.echo()
-    for line in tables.facts(result, *lines):
+    for line in facts:
         click.echo(line)
-    if result["application"] == "news":
-        click.echo(tables.lead_line(folder / "application/test-articles.jsonl"))
-
-
-def _outputs(folder: Path, way: str, result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """What a way said to each question, by kind."""
-    kinds = result["ways"][way]["kinds"]
-    files = {kind: folder / f"{way}-{kind}.jsonl" for kind in kinds}
-    return {kind: [json.loads(line) for line in file.read_text("utf-8").splitlines()] for kind, file in files.items()}
+    report = folder / "report.md"
+    report.write_text("\n".join([*map(tables.markdown, made), *(f"* {line}" for line in facts)]) + "\n", "utf-8")
+    click.echo(f"as Markdown: {report}")
 
 
 def _by_key(pairs: tuple[tuple[str, str], ...]) -> dict[str, list[str]]:

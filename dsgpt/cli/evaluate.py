@@ -106,13 +106,20 @@ def _answers(loaded: Loaded, options: dict[str, Any]) -> Result:
     report = evaluate_answers(loaded.model, loaded.tokenizer, questions, writer, options["batch_size"])
     rows = [
         {"answer": answer, "reference": question.answer, **{name: its[i] for name, its in report.scores.items()}}
-        for i, (question, answer) in enumerate(zip(questions, report.answers, strict=True))
+        | {"loss": None if math.isnan(loss) else loss, "tokens": tokens}
+        for i, (question, answer, loss, tokens) in enumerate(
+            zip(questions, report.answers, report.losses, report.reference_tokens, strict=True)
+        )
     ]
     _write(options["output"], rows)
-    numbers = report.numbers
+    numbers, unmeasured = report.numbers, report.reference_tokens.count(0)
+    if report.perplexity is not None:
+        numbers["perplexity"] = report.perplexity
     lines = [(name.replace("_", " "), str(number)) for name, number in numbers.items()]
+    if unmeasured:
+        lines.append(("unmeasured", f"{unmeasured} references are longer than the context: not in the perplexity"))
     lines += [("questions", str(len(questions))), ("long inputs", writer.told()), ("tokens", str(report.tokens))]
-    found = {name: vars(number) for name, number in numbers.items()}
+    found: dict[str, Any] = {name: vars(number) for name, number in numbers.items()} | {"unmeasured": unmeasured}
     return lines, {**found, "questions": len(questions), "tokens": report.tokens, "long_inputs": dict(writer.counts)}
 
 

@@ -4,7 +4,7 @@
     print(report.numbers["rougeL"])                 # 0.213 [0.196, 0.231]
 
 Answers are greedy, so that the same model gives the same numbers. Trade-off: metrics of words; whether an answer is true or
-helpful they do not know.
+helpful they do not know. The perplexity of the references tells whether the model would have said the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsgpt.evaluate.metrics import Number, exact_match, mean, rouge, token_f1
+import numpy as np
+
+from dsgpt.evaluate.likelihood import reference_losses
+from dsgpt.evaluate.metrics import Number, bootstrap, exact_match, mean, rouge, token_f1
 from dsgpt.evaluate.questions import PromptWriter, Question
 from dsgpt.generate.sampling import Sampling
 from dsgpt.generate.text import Prompt, complete
@@ -22,15 +25,29 @@ from dsgpt.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class AnswerReport:
-    """`scores` has for each metric one number a question, in their order; `numbers` their means with intervals."""
+    """`scores` has for each metric one number a question, in their order; `numbers` their means with intervals.
+
+    `losses` are nats of the references and `reference_tokens` how many tokens those have: nan and 0 where one is too long.
+    """
 
     answers: list[str]
     scores: dict[str, list[float]]
     tokens: int  # that were generated
+    losses: list[float]
+    reference_tokens: list[int]
 
     @property
     def numbers(self) -> dict[str, Number]:
         return {name: mean(values) for name, values in self.scores.items()}
+
+    @property
+    def perplexity(self) -> Number | None:
+        """exp of the mean loss of a reference's token; None where all references are too long."""
+        measured = [pair for pair in zip(self.losses, self.reference_tokens, strict=True) if pair[1]]
+        if not measured:
+            return None
+        losses, tokens = np.array(measured).T
+        return bootstrap(lambda drawn: float(np.exp(losses[drawn].sum() / tokens[drawn].sum())), len(measured))
 
 
 def evaluate_answers(
@@ -38,7 +55,8 @@ def evaluate_answers(
 ) -> AnswerReport:
     """Ask every question, and score what is said. Raises DataError as `PromptWriter.prompts`."""
     answers, tokens = write_answers(model, tokenizer, questions, writer, batch_size)
-    return AnswerReport(answers, score([question.answer for question in questions], answers), tokens)
+    scores = score([question.answer for question in questions], answers)
+    return AnswerReport(answers, scores, tokens, *reference_losses(model, questions, writer))
 
 
 def score(references: Sequence[str], answers: Sequence[str]) -> dict[str, list[float]]:

@@ -15,13 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from dsgpt.errors import ConfigError
+from dsgpt.evaluate.likelihood import log_likelihoods
 from dsgpt.evaluate.metrics import Number, bootstrap, macro_f1, mean
 from dsgpt.evaluate.questions import PromptWriter, Question
-from dsgpt.generate.decoder import Decoder
-from dsgpt.model.functional import IGNORE_INDEX
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
 
@@ -96,28 +94,3 @@ def evaluate_choices(
         report.tokens.append(len(answers[right]))
         chances.append(1 / len(choices))
     return ChoiceReport(report.chosen, report.answers, report.losses, report.tokens, float(np.mean(chances)))
-
-
-@torch.no_grad()
-def log_likelihoods(
-    model: Any, prompt: Sequence[int], answers: Sequence[Sequence[int]], batch_size: int
-) -> list[float]:
-    """Nats of each answer after the prompt; both together fit into the context."""
-    device = next(model.parameters()).device
-    start = Decoder(model).new_cache()
-    first = model(torch.tensor([prompt], device=device), cache=start, last_only=True)[0, -1].float().log_softmax(-1)
-    sums: list[float] = []
-    for begin in range(0, len(answers), batch_size):
-        part = answers[begin : begin + batch_size]
-        width = max(1, max(len(answer) for answer in part) - 1)
-        ids = torch.zeros(len(part), width, dtype=torch.long)
-        labels = torch.full((len(part), width), IGNORE_INDEX)
-        for row, answer in enumerate(part):
-            ids[row, : len(answer) - 1] = torch.tensor(answer[:-1], dtype=torch.long)
-            labels[row, : len(answer) - 1] = torch.tensor(answer[1:], dtype=torch.long)
-        ids, labels = ids.to(device), labels.to(device)
-        logits = model(ids, cache=start.repeat(len(part))).float().log_softmax(-1)
-        picked = logits.gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0]
-        rest = torch.where(labels == IGNORE_INDEX, 0.0, picked).sum(1)
-        sums += [float(first[answer[0]] + its) for answer, its in zip(part, rest, strict=True)]
-    return sums

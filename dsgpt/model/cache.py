@@ -41,7 +41,11 @@ class KeyValueCache:
 
     @property
     def length(self) -> int:
-        return self._filled[0] if self._filled else 0
+        return self.length_of(0)
+
+    def length_of(self, layer: int) -> int:
+        """Columns of a layer, which in the middle of a forward pass has those of this pass or not yet."""
+        return self._filled[layer] if layer < len(self._filled) else 0
 
     @property
     def num_rows(self) -> int:

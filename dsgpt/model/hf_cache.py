@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,29 +14,37 @@ from dsgpt.model.functional import MAX_DIFFERENCE
 
 
 class HFCache(KeyValueCache):
-    """The same, kept in an object of transformers. Layers that see a window keep all columns too: the mask hides them."""
-
-    def __init__(self) -> None:
-        from transformers import DynamicCache
-
-        super().__init__()
-        self.past = DynamicCache()
+    """The same for a model of transformers. Layers that see a window keep all columns too: the mask hides them."""
 
     @property
-    def length(self) -> int:
-        return int(self.past.get_seq_length())
+    def past(self) -> Any:
+        """What the model is given; made anew each time, so that nothing but the caller holds the memory."""
+        return _past_class()(self)
 
-    @property
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        return [(layer.keys, layer.values) for layer in self.past.layers]
 
-    @layers.setter
-    def layers(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        for layer, (keys, values) in zip(self.past.layers, pairs, strict=True):
-            layer.keys, layer.values = keys, values
+@cache
+def _past_class() -> type:
+    from transformers import DynamicCache
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return self.past.update(keys, values, layer)
+    class Past(DynamicCache):
+        """Transformers' view of our buffers, which grow in place; its own copies all columns to add one."""
+
+        def __init__(self, columns: KeyValueCache):
+            super().__init__()
+            self.columns = columns
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+        ) -> tuple[Tensor, Tensor]:
+            return self.columns.append(layer_idx, key_states, value_states)
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return self.columns.length_of(layer_idx)
+
+        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+            return self.columns.length_of(layer_idx) + query_length, 0
+
+    return Past
 
 
 @torch.no_grad()

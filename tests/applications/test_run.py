@@ -29,32 +29,44 @@ RESULT = {
             "loss": loss,
             "general_loss": 2.0,
             "kinds": {
-                "faq": {"rougeL": interval(0.3), "token_f1": interval(0.2)},
-                "intents": {"accuracy": interval(0.5), "macro_f1": interval(0.4), "chance": 0.1, "majority": 0.2,
-                            "majority_macro_f1": 0.03},
+                "faq": {"rougeL": interval(0.3), "token_f1": interval(0.2), "perplexity": interval(9.0), "questions": 3,
+                        "long_inputs": {"asked": 3, "cut": 1}},
+                "intents": {"accuracy": interval(0.5), "macro_f1": interval(0.4), "questions": 2, "long_inputs": {"asked": 2}},
             },
             **({} if way == "untuned" else {"trained": 1000, "tokens_per_second": 2000.0, "peak_memory_bytes": 1 << 30}),
         }
         for way, loss in (("untuned", 5.0), ("last_blocks", 3.0), ("full", 2.5))
     },
+    "baselines": {"faq": {}, "intents": {"by chance": {"accuracy": {"value": 0.1}},
+                                         "most frequent": {"accuracy": {"value": 0.2}, "macro_f1": {"value": 0.03}}}},
     "cells": {"1 of 10%": 3.04, "2 of 10%": 3.0, "6 of 10%": 3.2, "1 of 100%": 2.9, "2 of 100%": 2.7, "6 of 100%": 2.5},
     "chosen": {"10%": 1, "100%": 3},
 }  # fmt: skip
 
 
 def test_the_tables_show_each_number_under_its_heading():
-    headings, rows = tables.ways_table(RESULT)
+    _, headings, rows = tables.ways_table(RESULT)
     cells = dict(zip(headings, rows[1], strict=True))
-    assert cells["held-out loss (perplexity)"] == "3.000 (20.1)" and cells["general text"] == "2.000"
-    assert cells["faq: ROUGE-L"].startswith("0.300 [0.200") and cells["intents: macro-F1"].startswith("0.400")
+    assert (cells["held-out loss"], cells["perplexity"], cells["general text"]) == ("3.000", "20.1", "2.000")
     assert (cells["trained"], cells["memory"]) == ("1K", "1.0 GiB") and rows[0][-1] == ""
-    headings, rows = tables.cells_table(RESULT)
+    scores = {"untuned": [0.1, 0.2, 0.3], "last_blocks": [0.2, 0.3, 0.4], "full": [0.5, 0.6, 0.7]}
+    said = {way: [{"rougeL": value} for value in side] for way, side in scores.items()}
+    title, headings, rows = tables.kind_table(RESULT, "faq", said)
+    assert title == "faq, 3 questions" and headings == ["", "ROUGE-L", "minus untuned", "token F1", "perplexity"]
+    assert rows[0][1:3] == ["0.300 [0.200, 0.400]", ""] and rows[2][2].startswith("0.400 [0.400") and len(rows) == 3
+    chosen = {way: [{"choice": "a", "answer": "a"}, {"choice": "b", "answer": "a"}] for way in said}
+    _, headings, rows = tables.kind_table(RESULT, "intents", chosen)
+    assert headings[1:] == ["accuracy", "minus untuned", "macro-F1"] and rows[1][2].startswith("0.000")
+    assert rows[3] == ["by chance", "0.100", "", ""] and rows[4] == ["most frequent", "0.200", "", "0.030"]
+    _, headings, rows = tables.cells_table(RESULT)
     assert headings == ["of the data", "last 1", "last 2", "last 6", "auto"]
     assert rows[0][1:] == ["3.040 *", "3.000", "3.200", "1: within 0.05 of the best"]
     assert rows[1][-1] == "3: NOT within 0.05 of the best", "counted as the 2 that it is nearest to"
-    answers = [{"faq": [{"rougeL": value} for value in side]} for side in ([0.5, 0.6, 0.7], [0.1, 0.2, 0.3])]
-    text = "\n".join(tables.facts(RESULT, *answers))
-    assert "5 inputs (50%) cut" in text and "tuned minus untuned 0.400" in text and "by chance 0.100" in text
+    text = "\n".join(tables.facts(RESULT))
+    assert "5 inputs (50%) cut" in text and "faq: 1 of 3 inputs (33%) of the questions cut" in text
+    assert "3.500 nats" in text and "intents:" not in text
+    shown = tables.markdown(("a title", ["", "x"], [["one", "1"]]))
+    assert shown == "**a title**\n\n|  | x |\n| --- | --- |\n| one | 1 |\n"
 
 
 def articles(count):
@@ -83,7 +95,8 @@ def test_ways_are_trained_evaluated_and_shown_and_a_second_call_does_nothing_aga
     assert len({way["loss"] for way in result["ways"].values()}) == 5
     assert set(result["cells"]) == {f"{n} of {share}" for n in (1, 2, 3) for share in ("10%", "100%")}
     shown = [way["loss"] for way in result["ways"].values()]
-    assert all(f"{loss:.3f}" in first for loss in shown) and "lead-3: rouge1" in first
+    assert all(f"{loss:.3f}" in first for loss in shown) and "lead-3" in first
+    assert f"| {shown[0]:.3f} |" in (tmp_path / "out/report.md").read_text()
     assert (
         result["ways"]["lora"]["trained"] < result["ways"]["last_blocks"]["trained"] < result["ways"]["full"]["trained"]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from dsgpt.checkpoint.inference import load_for_use
 from dsgpt.cli import cli
 from dsgpt.data.chat_template import ChatTemplate
 from dsgpt.errors import ConfigError, DataError
-from dsgpt.evaluate.answers import write_answers
-from dsgpt.evaluate.choices import evaluate_choices, log_likelihoods
+from dsgpt.evaluate.answers import AnswerReport, write_answers
+from dsgpt.evaluate.choices import evaluate_choices
+from dsgpt.evaluate.likelihood import log_likelihoods, reference_losses
 from dsgpt.evaluate.questions import PromptWriter, Question, read_questions
 from dsgpt.generate.chat import Chat
 from dsgpt.generate.sampling import Sampling
@@ -97,6 +99,22 @@ def test_the_likeliest_choice_is_taken_of_the_records_or_of_the_files_answers(lo
     own = evaluate_choices(loaded.model, loaded.tokenizer, read_questions(write(tmp_path / "c.jsonl", records)), writer)
     assert own.chance == pytest.approx((5 * 0.5 + 2 * 1) / 7)
     assert [one for one, two in zip(own.chosen, own.answers, strict=True) if two == "x"] == ["x"] * 2
+
+
+def test_the_loss_of_a_reference_is_that_of_what_training_teaches(loaded, writer, tmp_path):
+    long = " ".join(f"word{i}" for i in range(2 * CONTEXT))
+    records = [{"instruction": "Say", "input": word, "output": f"{word} it is, said he"} for word in ("a", "b", "c")]
+    records += [{"instruction": "Say", "input": "d", "output": long}]
+    questions = read_questions(write(tmp_path / "q.jsonl", records))
+    losses, tokens = reference_losses(loaded.model, questions, writer)
+    for question, loss, count in zip(questions[:3], losses, tokens, strict=False):
+        prompt = writer.write(question, question.input)
+        ids = taught(loaded, question, question.answer, prompt)
+        assert count == len(ids) and loss == pytest.approx(-one_pass(loaded.model, prompt.ids, ids), abs=1e-4)
+    assert tokens[3] == 0 and losses[3] != losses[3]
+    report = AnswerReport(["x"] * 4, {}, 0, losses, tokens)
+    assert report.perplexity.value == pytest.approx(math.exp(sum(losses[:3]) / sum(tokens)))
+    assert writer.counts == {}, "it does not count as asked"
 
 
 def test_every_chat_format_is_a_question(tmp_path, writer):
