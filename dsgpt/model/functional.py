@@ -98,6 +98,18 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
+def find_targets(labels: Tensor) -> Tensor | None:
+    """Where `labels`, of any shape, are not -100, through all rows; None where they are everywhere.
+
+    Nothing after the last attention has to be computed but for these: of chats, a third of the positions. On a GPU it is
+    None: counting them would wait for it.
+    """
+    if labels.device.type != "cpu":
+        return None
+    targets = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+    return None if len(targets) == labels.numel() else targets
+
+
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float = 0.0
 ) -> Tensor:
@@ -106,10 +118,8 @@ def chunked_cross_entropy(
     `hidden` is (tokens, C), `weight` (V, C), `labels` (tokens,); labels of -100 count for nothing. Logits have `bias` (V,)
     added, are multiplied by `scale`, and with `softcap` c become c tanh(logits / c) (Gemma 2, section 2).
     """
-    if hidden.device.type == "cpu":  # logits of targets only; on a GPU, counting those would wait for it
-        targets = (labels != IGNORE_INDEX).nonzero()[:, 0]
-        if len(targets) < len(labels):
-            hidden, labels = hidden.index_select(0, targets), labels[targets]
+    if (targets := find_targets(labels)) is not None:
+        hidden, labels = hidden.index_select(0, targets), labels[targets]
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, bias, scale, softcap)
 
 

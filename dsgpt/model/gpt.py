@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dsgpt.config import ModelConfig
 from dsgpt.model.batch_norm import BatchNorm, MicroStep
 from dsgpt.model.cache import KeyValueCache
-from dsgpt.model.functional import chunked_cross_entropy, rms_norm, rotate, swiglu
+from dsgpt.model.functional import chunked_cross_entropy, find_targets, rms_norm, rotate, swiglu
 
 PADDING = -1  # the document id of positions that hold no token
 
@@ -190,8 +190,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout.residual)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context, only: Tensor | None = None) -> Tensor:
+        """(B, T, C); or, of the positions `only` (N,), counted through all rows, what the feed-forward gives: (1, N, C)."""
         x = x + self.dropout(self.attention(normalise(self.attention_norm, x, context.micro_step), context))
+        if only is not None:
+            x = x.flatten(0, 1).index_select(0, only)[None]
         return x + self.dropout(self.mlp(normalise(self.mlp_norm, x, context.micro_step)))
 
 
@@ -258,8 +261,13 @@ class GPT(nn.Module):
         mask = None if apart else attention_mask(input_ids, x.dtype, document_ids, cache)
         context = Context(angles, mask, lengths, cache, micro_step)
         x = self.dropout(x)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x, context)
+        targets = None if labels is None or self.config.norm == "batchnorm" else find_targets(labels)
+        x = last(x, context) if targets is None else last(x, context, targets)
+        if labels is not None and targets is not None:
+            labels = labels.flatten()[targets][None]
         x = x[:, -1:] if last_only else x
         return self.lm_head(normalise(self.norm, x, micro_step), labels)
 
