@@ -137,7 +137,7 @@ class Comparison:
             cost = self._cost(Path(model))
         row = {"loss": self._loss(model), **cost, "kinds": dict(self._measure(way, model))}
         if self.general is not None:
-            row["general_loss"] = self._loss(model, self.general, "validation")
+            row["general_loss"] = self._loss(model, self.general, _held_out_split(self.general))
         record.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
         return row
 
@@ -241,6 +241,11 @@ class Comparison:
             self._train(name, SHARES[share], changes)
         events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
         return next(int(event["num_last_blocks"]) for event in events if "num_last_blocks" in event)
+
+
+def _held_out_split(data: Path) -> str:
+    """As data.validation reads a dataset: its validation split, or all of one that has none."""
+    return "validation" if "validation" in json.loads((data / "dataset.json").read_text("utf-8"))["splits"] else "train"
 
 
 def said_file(folder: Path, way: str, kind: str) -> Path:
