@@ -5,9 +5,9 @@
       test-KIND.jsonl     the same test examples as questions with answers, as dsgpt evaluate reads them
       summary.json                                          counts by kind and side, near copies, inputs that were cut
 
-A tenth is a tenth of the groups. Of a conversation each answer of the assistant is a question of its own. Inputs that would
-push the answer out of the training sequence are cut to their lead here; in the questions they are whole, so that evaluation
-can choose (--long-input).
+A tenth is a tenth of the groups. Of a conversation each answer of the assistant is a question of its own. What is longer than
+a training sequence: conversations are divided between exchanges, inputs of single questions cut to their lead, both counted.
+In the questions all is whole, so that evaluation can choose (--long-input).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dsgpt.applications.records import Example, Shares, Split, place_of, split_examples
+from dsgpt.applications.records import Example, Shares, Split, place_of, split_examples, stretches
 from dsgpt.data.sources import BadLine, Piece, extent_of, find_sources, read_records
 from dsgpt.errors import DataError
 from dsgpt.evaluate.questions import PromptWriter, Question
@@ -64,7 +64,7 @@ def prepare(
     split = split_examples(found, shares or Shares(), seed)
     _limit(split, limits or {}, seed)
     writer = PromptWriter(tokenizer, Chat(tokenizer, "chatml"), seq_length + 1, _ROOM)
-    cut: Counter[str] = Counter()
+    cut, divided = Counter[str](), Counter[str]()
     output.mkdir(parents=True, exist_ok=True)
     sides = {
         "train": split.train,
@@ -73,10 +73,8 @@ def prepare(
         "test": split.test,
     }
     for side, examples in sides.items():
-        _write(
-            output / f"{side}.jsonl",
-            (_messages(one, writer, cut if side == "train" else Counter()) for one in examples),
-        )
+        counters = (cut, divided) if side == "train" else (Counter[str](), Counter[str]())
+        _write(output / f"{side}.jsonl", (part for one in examples for part in _messages(one, writer, *counters)))
     for kind in sorted({one.kind for one in split.test}):
         choices = sorted({one.record["output"] for one in split.train if one.kind == kind}) if kind in of.CHOSEN else []
         rows = [row for one in split.test if one.kind == kind for row in _questions(one.record)]
@@ -84,6 +82,7 @@ def prepare(
             rows = [{**row, "choices": choices} for row in rows if row["output"] in choices]
         _write(output / f"test-{kind}.jsonl", rows)
     summary = {"application": name, "seed": seed, "kinds": split.counts(), "inputs_cut": dict(cut)}
+    summary["divided"] = dict(divided)
     _write_text(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     for line in summary_lines(summary):
         report(line)
@@ -92,11 +91,12 @@ def prepare(
 
 def summary_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     for kind, counts in summary["kinds"].items():
-        cut = summary["inputs_cut"].get(kind, 0)
+        cut, divided = summary["inputs_cut"].get(kind, 0), summary["divided"].get(kind, 0)
         yield (
             f"{kind}: {counts['train']} to train on, {counts['validation']} for validation, {counts['test']} to test with; "
             f"{counts['near_copies']} near copies left out"
             + (f"; {cut} inputs ({cut / counts['train']:.0%}) cut to their lead" if cut else "")
+            + (f"; {divided} ({divided / counts['train']:.0%}) divided, longer than a sequence" if divided else "")
         )
 
 
@@ -134,22 +134,25 @@ def _limit(split: Split, limits: Mapping[str, int], seed: int) -> None:
     split.train = kept
 
 
-def _messages(one: Example, writer: PromptWriter, cut: Counter[str]) -> dict[str, Any]:
-    """As a conversation, its input cut where the whole would be longer than a training sequence."""
-    record = one.record
+def _messages(one: Example, writer: PromptWriter, cut: Counter[str], divided: Counter[str]) -> Iterator[dict[str, Any]]:
+    """As a conversation, divided or its input cut where the whole would be longer than a training sequence."""
+    record, chat = one.record, writer.chat
+    assert chat is not None
     if "messages" in record:
-        return {"messages": record["messages"]}
+        parts = list(stretches(record["messages"], lambda part: chat.num_tokens(part) <= writer.context - 1))
+        divided[one.kind] += len(parts) > 1
+        yield from ({"messages": part} for part in parts)
+        return
     question = Question((), record["instruction"], record["input"], record["output"])
     shortest = [{"role": "user", "content": question.asked("x")}, {"role": "assistant", "content": record["output"]}]
-    assert writer.chat is not None
-    writer.room = _ROOM + writer.chat.num_tokens(shortest) - len(writer.write(question, "x").ids)
+    writer.room = _ROOM + chat.num_tokens(shortest) - len(writer.write(question, "x").ids)
     try:
         given = writer.lead(question)
     except DataError:  # the answer alone is longer than a sequence: prepare-chat leaves it out and counts it
         given = question.input
     cut[one.kind] += given != question.input
     said = [("user", question.asked(given)), ("assistant", record["output"])]
-    return {"messages": [{"role": role, "content": text} for role, text in said]}
+    yield {"messages": [{"role": role, "content": text} for role, text in said]}
 
 
 def _questions(record: dict[str, Any]) -> list[dict[str, Any]]:

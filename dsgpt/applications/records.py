@@ -10,9 +10,10 @@ A group's side follows from its name and the seed alone: more data later moves n
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +117,29 @@ def conversation(turns: Sequence[tuple[bool, str]]) -> list[dict[str, str]]:
     if messages and messages[-1]["role"] == "user":
         messages.pop()
     return messages
+
+
+def stretches(
+    messages: Sequence[dict[str, Any]], fits: Callable[[list[dict[str, Any]]], bool]
+) -> Iterator[list[dict[str, Any]]]:
+    """One part of a conversation after another, each of as many exchanges as fit, with the system's messages before it.
+
+    An exchange begins with a user after an assistant; one that alone does not fit is a part of its own.
+    """
+    begin = next((place for place, one in enumerate(messages) if one["role"] != "system"), len(messages))
+    head, part = list(messages[:begin]), list[dict[str, Any]]()
+    starts = [place for place in range(begin, len(messages)) if place == begin or _begins_exchange(messages, place)]
+    for start, end in itertools.pairwise([*starts, len(messages)]):
+        exchange = list(messages[start:end])
+        if part and not fits([*head, *part, *exchange]):
+            yield [*head, *part]
+            part = []
+        part += exchange
+    yield [*head, *part]
+
+
+def _begins_exchange(messages: Sequence[dict[str, Any]], place: int) -> bool:
+    return messages[place]["role"] == "user" and messages[place - 1]["role"] == "assistant"
 
 
 def task(instruction: str, given: str, answer: str, **more: Any) -> dict[str, Any]:

@@ -18,6 +18,11 @@ _LABELS = {
     "full": "all weights",
     "scratch": "from scratch",
 }
+_SHORTENED = {
+    "cut": "are longer than the context: the lead of their input is read",
+    "in pieces": "are longer than the context: read in pieces, then merged",
+    "conversations shortened": "are longer than the context: without their oldest exchanges",
+}
 _HEADINGS = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
@@ -109,10 +114,10 @@ def facts(result: Mapping[str, Any]) -> Iterator[str]:
     """Lines below the tables: what is in the data, which inputs were too long, the loss that knows nothing of order."""
     yield from summary_lines(result["data"])
     for kind, numbers in result["ways"]["untuned"]["kinds"].items():
-        asked, cut, pieces = (numbers["long_inputs"].get(name, 0) for name in ("asked", "cut", "in pieces"))
-        if cut or pieces:
-            done = "cut to their lead" if cut else "read in pieces"
-            yield f"{kind}: {cut or pieces} of {asked} inputs ({(cut or pieces) / asked:.0%}) of the questions {done}"
+        counts = numbers["long_inputs"]
+        for name, done in _SHORTENED.items():
+            if number := counts.get(name):
+                yield f"{kind}: {number} of {counts['asked']} questions ({number / counts['asked']:.0%}) {done}"
     yield f"unigram entropy of the held-out answers: {result['unigram_entropy']:.3f} nats per token"
 
 

@@ -5,7 +5,8 @@
     prompts = writer.prompts(questions[0])                       # one; several of an input that is read in pieces
 
 The answer is what the assistant says last; what it is asked is everything before. An alpaca record has its input apart from
-the instruction; else the last message is the input. Only the input is ever shortened:
+the instruction; else the last message is the input. Of a conversation that is too long the oldest exchanges are left out; then
+the input is shortened:
 
     lead               its beginning, as much as fits
     chunk_and_merge    each piece that fits is asked for itself, and then the answers together, as one input
@@ -154,6 +155,11 @@ class PromptWriter:
                 seen=f"{len(whole.ids)} tokens and {self.room} for the answer, context {self.context}: {given[:60]!r}",
                 do="--long-input lead or chunk_and_merge, a lower --max-new-tokens, or a model with a longer context",
             )
+        if question.messages:
+            question, whole = self._latest(question, given)
+            self.counts["conversations shortened"] += text is None
+            if self.fits(whole):
+                return [whole]
         pieces = self._pieces(question, given)
         if self.long_input == "lead":
             self.counts["cut"] += 1
@@ -163,6 +169,17 @@ class PromptWriter:
         self.counts["in pieces"] += text is None
         self.counts["pieces"] += len(pieces)
         return [prompt for prompt, _ in pieces]
+
+    def _latest(self, question: Question, text: str) -> tuple[Question, Prompt]:
+        """Without as many of the oldest exchanges as it takes to fit, or all of them; the system's messages stay."""
+        head = tuple(itertools.takewhile(lambda message: message["role"] == "system", question.messages))
+        said = question.messages[len(head) :]
+        starts = [place for place in range(1, len(said)) if said[place]["role"] == "user"]
+        for start in [*starts, len(said)]:
+            shorter = replace(question, messages=(*head, *said[start:]))
+            if self.fits(prompt := self.write(shorter, text)):
+                break
+        return shorter, prompt
 
     def lead(self, question: Question) -> str:
         """As much of the input's beginning as fits, all of it where that does."""
@@ -193,6 +210,9 @@ class PromptWriter:
     def told(self) -> str:
         """What became of the inputs, as one line."""
         asked, cut, pieces = (self.counts[name] for name in ("asked", "cut", "in pieces"))
+        if shortened := self.counts["conversations shortened"]:
+            told = f"{shortened} of {asked} conversations ({shortened / asked:.0%}) lost their oldest exchanges"
+            return told + (f"; {cut + pieces} inputs too" if cut or pieces else "")
         if cut:
             used = self.counts["characters_used"] / self.counts["characters"]
             return f"{cut} of {asked} inputs ({cut / asked:.0%}) are longer than the context: their lead is used, {used:.0%}"

@@ -180,6 +180,25 @@ def test_conversations_are_asked_at_every_answer_and_choices_are_those_of_traini
     assert counts["intents"]["train"] == 20
 
 
+def test_a_conversation_longer_than_a_sequence_is_divided_between_exchanges(tokenizer, tmp_path):
+    turns = [("USER" if i % 2 == 0 else "SYSTEM", f"turn {i} of them") for i in range(40)]
+    chats = [{"dialogue_id": f"{i}", "turns": [{"speaker": who, "utterance": f"{text} {i}"} for who, text in turns[:4 + i]]}
+             for i in range(37)]  # fmt: skip
+    told = []
+    path = write(tmp_path / "d.jsonl", chats)
+    summary = prepare("support", {"dialogues": [path]}, tmp_path / "out", tokenizer, 128, report=told.append)
+    chat, found = Chat(tokenizer, "chatml"), {}
+    for line in (tmp_path / "out/train.jsonl").read_text().splitlines():
+        part = json.loads(line)["messages"]
+        assert part[0]["role"] == "user" and part[-1]["role"] == "assistant" and chat.num_tokens(part) <= 128
+        found.setdefault(part[0]["content"].split()[-1], []).append([one["content"] for one in part])
+    whole = {one["dialogue_id"]: [turn["utterance"] for turn in one["turns"]] for one in chats}
+    whole = {name: said[: len(said) - len(said) % 2] for name, said in whole.items()}  # a last question has no answer
+    assert all([text for part in parts for text in part] == whole[name] for name, parts in found.items())
+    divided = sum(len(parts) > 1 for parts in found.values())
+    assert divided == summary["divided"]["dialogues"] > 0 and f"{divided} (" in told[0]
+
+
 def test_the_command_names_what_it_does_not_know(tokenizer, dataset, tmp_path):
     def run(*source):
         words = ["application", "prepare", "news", *source, "--tokenizer", dataset.parent / "tokenizer"]

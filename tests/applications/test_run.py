@@ -23,7 +23,11 @@ def interval(value):
 RESULT = {
     "application": "support",
     "unigram_entropy": 3.5,
-    "data": {"kinds": {"faq": {"train": 10, "validation": 1, "test": 2, "near_copies": 3}}, "inputs_cut": {"faq": 5}},
+    "data": {
+        "kinds": {"faq": {"train": 10, "validation": 1, "test": 2, "near_copies": 3}},
+        "inputs_cut": {"faq": 5},
+        "divided": {},
+    },
     "ways": {
         way: {
             "loss": loss,
@@ -63,7 +67,7 @@ def test_the_tables_show_each_number_under_its_heading():
     assert rows[0][1:] == ["3.040 *", "3.000", "3.200", "1: within 0.05 of the best"]
     assert rows[1][-1] == "3: NOT within 0.05 of the best", "counted as the 2 that it is nearest to"
     text = "\n".join(tables.facts(RESULT))
-    assert "5 inputs (50%) cut" in text and "faq: 1 of 3 inputs (33%) of the questions cut" in text
+    assert "5 inputs (50%) cut" in text and "faq: 1 of 3 questions (33%) are longer" in text
     assert "3.500 nats" in text and "intents:" not in text
     shown = tables.markdown(("a title", ["", "x"], [["one", "1"]]))
     assert shown == "**a title**\n\n|  | x |\n| --- | --- |\n| one | 1 |\n"

@@ -179,6 +179,23 @@ def test_a_long_input_is_refused_cut_or_read_in_pieces(loaded, tmp_path):
     assert write_answers(loaded.model, loaded.tokenizer, questions[:1], short, 4)[0] == answers[:1]
 
 
+def test_a_long_conversation_is_asked_without_its_oldest_exchanges(loaded, tmp_path):
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i} of a talk"} for i in range(80)]
+    messages = [{"role": "system", "content": "Be kind"}, *turns]
+    (question,) = read_questions(write(tmp_path / "q.jsonl", [{"messages": messages}]))
+    chat = Chat(loaded.tokenizer)
+    with pytest.raises(DataError, match="does not fit"):
+        PromptWriter(loaded.tokenizer, chat, CONTEXT, 12).prompts(question)
+    for way in ("lead", "chunk_and_merge"):
+        writer = PromptWriter(loaded.tokenizer, chat, CONTEXT, 12, way)
+        (prompt,) = writer.prompts(question)
+        longest = max(
+            (start for start in range(0, 80, 2)
+             if len(chat.prompt([messages[0], *turns[start:79]]).ids) <= CONTEXT - 12), key=lambda start: -start)  # fmt: skip
+        assert prompt.ids == chat.prompt([messages[0], *turns[longest:79]]).ids and longest > 0
+        assert "1 of 1 conversations (100%) lost their oldest exchanges" in writer.told()
+
+
 def test_a_question_that_leaves_no_room_is_an_error(loaded, tmp_path):
     records = [{"instruction": LONG, "input": "x" * 50, "output": "a"}]
     questions = read_questions(write(tmp_path / "q.jsonl", records))
