@@ -65,7 +65,7 @@ def flat_gradients(engine):
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_gradients_of_many_micro_steps_are_summed_in_fp32(stage):
     together, alone = ranks(2).run(accumulated, stage)[-1]
     in_fp32, in_bf16 = torch.zeros_like(together), torch.zeros_like(together, dtype=torch.bfloat16)
@@ -85,7 +85,7 @@ def whole_gradients(world, stage):
     return {name: safe_get_full_grad(p).float().clone() for name, p in engine.parameters()}
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_gradients_of_all_ranks_are_summed_in_fp32(stage):
     """Against a plain bf16 model on each rank's batches (at stage 3 the products themselves round differently)."""
     torch.manual_seed(5)

@@ -92,6 +92,7 @@ def test_the_commit_protocol_survives_kills_at_random_instants(tmp_path: Path) -
     assert protocol.left_behind(tmp_path / "checkpoints") == []
 
 
+@pytest.mark.slow
 def test_the_fault_matrix_catches_a_commit_without_a_rename(tmp_path: Path) -> None:
     _, broken = protocol.every_point(tmp_path / "checkpoints", protocol.BROKEN[0])
     assert "visible without a manifest" in broken[0]

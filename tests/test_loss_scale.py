@@ -31,7 +31,11 @@ from tests.pool import ranks
 
 # Cutting a gradient to a norm also repairs a wrong factor in it.
 NO_CLIPPING = 100.0
-CONFIGS = ["zero1", "zero2", "zero3", "zero2_offload_optimizer", "zero3_offload"]
+IN_DEFAULT_TIER = ("zero1", "zero3")
+CONFIGS = [
+    pytest.param(name, marks=() if name in IN_DEFAULT_TIER else pytest.mark.slow)
+    for name in ("zero1", "zero2", "zero3", "zero2_offload_optimizer", "zero3_offload")
+]
 
 
 def use_scaler(engine, power, *, window=1000, hysteresis=1, minimum=1.0):

@@ -22,6 +22,7 @@ def measure(world, rank=-1, delay=0.0):
     return report.as_dict()
 
 
+@pytest.mark.slow
 def test_healthy_ranks_have_no_problem_and_only_rank_0_has_the_links():
     first, *others = ranks(3).run(measure)
     assert first["ok"] and first["problems"] == [] and first["world_size"] == 3
@@ -33,6 +34,7 @@ def test_healthy_ranks_have_no_problem_and_only_rank_0_has_the_links():
     assert all(other["edges"] == [] for other in others)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_slow_with_both_neighbours_is_named():
     first, *_ = ranks(3).run(measure, 1, 0.3)
     (problem,) = first["problems"]

@@ -46,6 +46,7 @@ def outputs(*processes, timeout=90):
     return [process.communicate(timeout=timeout)[0] for process in processes]
 
 
+@pytest.mark.slow
 def test_ranks_meet_whoever_is_first():
     port = free_port()
     first = start_rank(1, 3, port, 60)
@@ -53,6 +54,7 @@ def test_ranks_meet_whoever_is_first():
     assert outputs(first, start_rank(0, 3, port, 60), start_rank(2, 3, port, 60)) == ["met\n"] * 3
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_named_with_its_host_by_all_that_came():
     """T709."""
     port, expected = free_port(), ["node1", "node2", "node3"]
@@ -69,7 +71,7 @@ def test_without_a_list_of_hosts_the_ranks_are_named():
     assert "ranks 1-5 of 6 did not come" in text and "1 came, from here" in text
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "no.such.host.invalid"])
+@pytest.mark.parametrize("address", ["127.0.0.1", pytest.param("no.such.host.invalid", marks=pytest.mark.slow)])
 def test_a_rank_that_cannot_reach_rank_0_says_which_address_it_tried(address):
     port = free_port()
     (text,) = outputs(start_rank(1, 2, port, 3, "node2", address))

@@ -27,10 +27,9 @@ from dsgpt.train.step import largest_micro_batch
 from tests.checkpoint.deepspeed_saves import STEPS, WORLD, native_state, save_on_ranks
 from tests.pool import ranks
 
-SAVES = [
-    ("llama", 0, "fp32"), ("llama", 1, "fp32"), ("gpt2", 2, "fp32"), ("llama", 3, "fp32"),
-    ("gpt2", 0, "bf16"), ("gpt2", 1, "bf16_sums"), ("llama", 2, "bf16"), ("gpt2", 3, "bf16"),
-]  # fmt: skip
+IN_DEFAULT_TIER = [("llama", 1, "fp32"), ("llama", 3, "fp32"), ("gpt2", 0, "bf16"), ("llama", 2, "bf16")]
+IN_SLOW_TIER = [("llama", 0, "fp32"), ("gpt2", 2, "fp32"), ("gpt2", 1, "bf16_sums"), ("gpt2", 3, "bf16")]
+SAVES = [*IN_DEFAULT_TIER, *(pytest.param(*one, marks=pytest.mark.slow) for one in IN_SLOW_TIER)]
 ALL = list(itertools.product(("llama", "gpt2"), range(4), ("fp32", "bf16")))
 
 
@@ -151,7 +150,7 @@ def test_partitions_in_round_robin_order_are_those_of_the_same_run_in_plain_orde
     assert_imported(ranks(2).run(import_on_ranks, str(folder), 3), "llama", saves("llama", 1, "fp32")[1])
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_parameters_under_dsgpts_own_names_are_read_with_their_running_statistics(saves, stage):
     folder, live = saves("dsgpt", stage, "fp32")
     results = ranks(2).run(import_on_ranks, str(folder), 4 - stage)
@@ -161,7 +160,7 @@ def test_parameters_under_dsgpts_own_names_are_read_with_their_running_statistic
     assert all(torch.equal(results[0][6][name], value) for name, value in buffers.items())
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_the_loss_scale_of_fp16_comes_with_the_moments(saves, stage):
     folder, live = saves("llama", stage, "fp16")
     results = ranks(2).run(import_on_ranks, str(folder), 2)

@@ -80,6 +80,7 @@ def make(
     return prepare_chat([source], tokenizer, folder / out, ChatChoices(**choices))
 
 
+@pytest.mark.slow
 def test_the_output_does_not_depend_on_workers_and_tasks(tmp_path: Path, tokenizer_folder: Path) -> None:
     rows = [{**row, "note": "x" * 900} for row in records(3000)]
     one = make(tmp_path, rows, tokenizer_folder, "one", validation=0.1)
@@ -159,6 +160,7 @@ def test_rows_hold_whole_conversations_that_do_not_see_each_other(tmp_path: Path
         open_chat(tmp_path / "out", "train", seq_length=64)
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, tokenizer_folder: Path) -> None:
     rows = [{**row, "note": "x" * 900} for row in records(4000)]
     make(tmp_path, rows, tokenizer_folder, "whole", validation=0.1)

@@ -122,7 +122,7 @@ print(count, peak >> 10)
 """
 
 
-@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+@pytest.mark.parametrize("name", [pytest.param("x.parquet", marks=pytest.mark.slow), "x.arrow"])
 def test_a_table_of_one_row_group_is_read_some_megabytes_at_once(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     num_rows = 40_000

@@ -107,7 +107,7 @@ def numbers(kind: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("most_kept", [2, 5, 1 << 16])
-@pytest.mark.parametrize("piece", [1, 3, 512])
+@pytest.mark.parametrize("piece", [pytest.param(1, marks=pytest.mark.slow), 3, 512])
 @pytest.mark.parametrize("kind", ["even", "one", "equal", "repeated", "skewed", "a cliff"])
 def test_a_search_in_a_file_finds_what_numpy_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, piece: int, most_kept: int

@@ -94,6 +94,7 @@ def test_tasks_at_the_same_time_make_the_same_dataset(
     assert files_of(tmp_path / "out") == files_of(reference)
 
 
+@pytest.mark.slow
 def test_kills_at_random_instants_change_nothing(tmp_path: Path, documents: list[str], tokenizer_folder: Path) -> None:
     """By the reference engine, which takes some seconds."""
     source, whole, out, rng = tmp_path / "x.jsonl", tmp_path / "whole", tmp_path / "out", random.Random(1)
@@ -125,6 +126,7 @@ def wrong_about_zebras(engine: encoder._Gigatoken, texts: Sequence[bytes]) -> tu
 right = encoder._Gigatoken.__call__
 
 
+@pytest.mark.slow
 def test_one_difference_from_the_reference_and_it_does_all_of_the_job(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

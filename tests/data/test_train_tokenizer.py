@@ -85,7 +85,16 @@ def shares(texts: list[str], count: int, parts: int = 10) -> list[float]:
     return [sum(part == number * parts // count for number in found) / len(found) for part in range(parts)]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.txt",
+        pytest.param("a.jsonl", marks=pytest.mark.slow),
+        pytest.param("a.jsonl.gz", marks=pytest.mark.slow),
+        pytest.param("a.csv", marks=pytest.mark.slow),
+        "a.parquet",
+    ],
+)
 def test_every_tenth_of_a_file_is_drawn_alike_and_to_the_bound(name: str, tmp_path: Path) -> None:
     lines = numbered("line", 200_000)
     path = tmp_path / name
@@ -118,7 +127,7 @@ def bytes_read() -> int:
     return int(counters["rchar"])
 
 
-@pytest.mark.parametrize("character", ["x", "漢"])
+@pytest.mark.parametrize("character", [pytest.param("x", marks=pytest.mark.slow), "漢"])
 def test_a_text_without_lines_is_drawn_from_everywhere_and_not_read_whole(character: str, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     word = character * 9

@@ -60,7 +60,7 @@ def committed(folder):
     return {step: hashes(path) for step, path in commit.list_committed(folder / "checkpoints")}
 
 
-@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+@pytest.mark.parametrize("stage", ["zero1", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_it_writes_the_same_bytes_as_saving_in_the_foreground(write_run, tmp_path, stage):
     for name, asynchronous in (("front", False), ("back", True)):
         yaml = write_run(name, **EVERY, deepspeed=stage, **{"checkpoint.asynchronous": asynchronous})
@@ -72,7 +72,7 @@ def test_it_writes_the_same_bytes_as_saving_in_the_foreground(write_run, tmp_pat
     assert len(events(tmp_path / "back", "saving")) == 11, "all but the last, which training waits for"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_writer_that_is_lost_is_told_of_and_loses_nothing(write_run, tmp_path, number):
     straight = write_run("straight", **EVERY)
     ranks(2).run(train_here, straight, [], 0, "a")

@@ -79,7 +79,7 @@ def running(write_run, tmp_path):
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_ends_the_whole_job_and_is_named(running, rank):
     yaml, process, folder = running
     os.kill(ranks_of(yaml)[rank], signal.SIGKILL)
@@ -96,6 +96,7 @@ def test_a_killed_rank_ends_the_whole_job_and_is_named(running, rank):
     assert not commit.verify(commit.list_committed(folder / "checkpoints")[-1][1])
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_found_hanging_with_stacks_of_the_living(running):
     yaml, process, folder = running
     os.kill(ranks_of(yaml)[1], signal.SIGSTOP)
@@ -177,7 +178,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("kind", [*CASES])
+IN_DEFAULT_TIER = ("gil", "raise")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in IN_DEFAULT_TIER else pytest.mark.slow) for kind in CASES]
+)
 def test_a_fault_of_one_rank_ends_both_with_its_cause(write_run, tmp_path, kind):
     """T702-T705. Two ranks without any launcher, as under srun: only they and their watchdogs can end the job."""
     cause, rank, text = CASES[kind]
@@ -204,6 +210,7 @@ def test_the_third_start_that_fails_without_a_commit_has_93_in_its_verdict(write
     assert "3 starts in a row ended without a new checkpoint" in told["message"] and codes[0] in (93, -signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_ranks_that_disagree_about_a_collective_do_not_wait_for_ever(write_run, tmp_path):
     """T708. Which of the two is to blame nobody can tell; that they stand still is told, with the stacks of both."""
     settings = {"training.max_steps": 1000, "checkpoint.save_interval": 2, "run.hang_timeout_seconds": HANG_SECONDS}
@@ -228,6 +235,7 @@ def test_a_rank_that_never_comes_is_waited_for_only_so_long(write_run, tmp_path,
     assert not (tmp_path / "alone" / "logs").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_save_is_told_of_and_the_run_ends_after_three(write_run, tmp_path):
     """T106."""
     yaml = write_run("faulty", **{"training.max_steps": 1000, "checkpoint.save_interval": 2})

@@ -65,18 +65,18 @@ def export_and_load(run, output):
     return report, model.eval()
 
 
-def alternating(*dimensions):
-    """Every combination of a first thing with the others; one of each first thing in the default tier, in turn."""
+def alternating(default, *dimensions):
+    """Every combination of a first thing with the others; of those in `default` one each in the default tier, in turn."""
     first, *others = dimensions
     rest = list(itertools.product(*others))
     return [
-        pytest.param(one, *other, marks=() if number % len(rest) == place else pytest.mark.slow)
+        pytest.param(one, *other, marks=() if one in default and number % len(rest) == place else pytest.mark.slow)
         for number, one in enumerate(first)
         for place, other in enumerate(rest)
     ]
 
 
-@pytest.mark.parametrize(("kind", "stage"), alternating(KINDS, STAGES))
+@pytest.mark.parametrize(("kind", "stage"), alternating(("gpt2", "gpt_neox", "phi"), KINDS, STAGES))
 def test_every_architecture_trains_resumes_and_comes_out_again(kind, stage, hf_folder, write_run, tmp_path):
     folder = hf_folder(kind)
     settings = SHORT | {"deepspeed": stage, "model": {"init_from": f"hf:{folder}"}}
@@ -99,7 +99,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(("way", "kind", "stage"), alternating(WAYS, ("llama", "mistral", "opt"), STAGES))
+@pytest.mark.parametrize(
+    ("way", "kind", "stage"),
+    alternating(("last_blocks", "patterns", "lora", "decay"), WAYS, ("llama", "mistral", "opt"), STAGES),
+)
 def test_every_way_of_training_a_part(way, kind, stage, hf_folder, write_run, tmp_path):
     folder = hf_folder(kind)
     named = {"patterns": [FEED_FORWARD[kind]]} if way == "patterns" else {}
@@ -129,6 +132,7 @@ def test_every_way_of_training_a_part(way, kind, stage, hf_folder, write_run, tm
         assert changed == set(fnmatch.filter(before, FEED_FORWARD[kind])) == trained
 
 
+@pytest.mark.slow
 def test_the_number_of_blocks_is_measured_once_and_kept_for_every_start(hf_folder, write_run, tmp_path, dataset):
     """As written by hand with the number that was measured, bit for bit; a fork takes it over."""
     settings = SHORT | {"deepspeed": "zero3", "model": {"init_from": f"hf:{hf_folder('llama')}"}}
@@ -175,14 +179,15 @@ def test_a_tied_head_stays_frozen_unless_it_is_asked_for(hf_folder, write_run, t
         assert told["trained"] == sum(np.prod(shape) for shape in reader.parameters.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "kind"),
     [
         ("lora", "mistral"),
-        pytest.param("decay", "mistral", marks=pytest.mark.slow),
-        pytest.param("dora", "opt", marks=pytest.mark.slow),
-        pytest.param("unfreezing", "phi", marks=pytest.mark.slow),
-        pytest.param("lora", "llama", marks=pytest.mark.slow),
+        ("decay", "mistral"),
+        ("dora", "opt"),
+        ("unfreezing", "phi"),
+        ("lora", "llama"),
     ],
 )
 def test_partitions_in_bf16_start_with_the_folders_loss_and_resume(way, kind, hf_folder, write_run, tmp_path):

@@ -130,8 +130,17 @@ def pretrained(write_run, tmp_path):
     return tmp_path / "base"
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way, stage",
+    [
+        ("decay", "zero2"),
+        pytest.param("decay", "zero3", marks=pytest.mark.slow),
+        pytest.param("last_blocks", "zero2", marks=pytest.mark.slow),
+        ("last_blocks", "zero3"),
+        ("unfreezing", "zero2"),
+        pytest.param("unfreezing", "zero3", marks=pytest.mark.slow),
+    ],
+)
 def test_each_parameter_is_trained_from_its_step_on_at_its_rate(way, stage, pretrained, write_run, tmp_path):
     settings, starts, rate = WAYS[way]
     model = {"init_from": f"checkpoint:{pretrained}"}
@@ -150,8 +159,15 @@ def test_each_parameter_is_trained_from_its_step_on_at_its_rate(way, stage, pret
     assert {name: value for name, value in found.items() if value > TOLERANCE} == {}
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    "use_dora, stage",
+    [
+        pytest.param(False, "zero2", id="lora-zero2", marks=pytest.mark.slow),
+        pytest.param(False, "zero3", id="lora-zero3"),
+        pytest.param(True, "zero2", id="dora-zero2"),
+        pytest.param(True, "zero3", id="dora-zero3", marks=pytest.mark.slow),
+    ],
+)
 def test_adapters_are_trained_as_by_peft_in_transformers(use_dora, stage, hf_folder, write_run, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -106,6 +106,7 @@ def test_the_first_loss_is_transformers_and_the_next_are_those_of_a_continued_ad
     assert counters["step"] == 3 and counters["consumed_samples"] == 48 and counters["optimizer_steps"] == STEPS + 3
 
 
+@pytest.mark.slow
 def test_an_imported_run_goes_on_as_if_it_had_not_stopped_also_when_its_source_is_gone(write_run, saved, tmp_path):
     shutil.copytree(saved[0], tmp_path / "source")
     saved = (tmp_path / "source", *saved[1:])
@@ -172,6 +173,7 @@ def test_what_a_real_trainer_saved_is_read_bit_for_bit(tmp_path, stage, there):
     assert results[0][4] == {STEPS} and len(found) == 3 * len(live)
 
 
+@pytest.mark.slow
 def test_a_run_in_fp16_begins_with_the_imported_loss_scale_and_tells_it(write_run, dataset, tmp_path):
     vocabulary = json.loads((dataset / "dataset.json").read_text())["tokenizer"]["vocab_size"]
     (tmp_path / "saved").mkdir()
@@ -184,7 +186,7 @@ def test_a_run_in_fp16_begins_with_the_imported_loss_scale_and_tells_it(write_ru
     assert lines[0]["loss_scale"] == 128.0, "this run's own initial scale is 4096"
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_range_opens_only_the_file_that_holds_it(tmp_path, stage):
     live, _ = ranks(2).run(save_on_ranks, str(tmp_path), "llama", stage, "fp32")[0]
     name = "model.layers.0.mlp.up_proj.weight" if stage == 3 else "model.embed_tokens.weight"

@@ -77,7 +77,10 @@ def test_arguments_and_folder_arrive_as_they_are_and_no_planted_environment_does
     assert not list(tmp_path.rglob("X"))
 
 
-@pytest.mark.parametrize("victim", ["ssh", "launcher", "supervisor"])
+@pytest.mark.parametrize(
+    "victim",
+    ["ssh", pytest.param("launcher", marks=pytest.mark.slow), pytest.param("supervisor", marks=pytest.mark.slow)],
+)
 def test_whatever_dies_of_a_job_on_two_hosts_it_is_no_success_and_nothing_stays(dataset, hosts, tmp_path, victim):
     options, environment = hosts
     file = write_config(dataset, tmp_path, "run", **{"training.max_steps": 100000})
@@ -104,6 +107,7 @@ def test_a_host_that_cannot_be_reached_is_named(dataset, hosts, tmp_path):
     assert "hosta ended with 255" in done.stderr and "No route to host" in done.stderr
 
 
+@pytest.mark.slow
 def test_no_ssh_runs_one_part_on_each_host_with_the_verdict_of_all(dataset, hosts, tmp_path):
     options, _ = hosts
     file = write_config(dataset, tmp_path, "run", **{"training.max_steps": 4})
@@ -117,6 +121,7 @@ def test_no_ssh_runs_one_part_on_each_host_with_the_verdict_of_all(dataset, host
     assert commit.list_committed(tmp_path / "run/checkpoints")[-1][0] == 4
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_ranks_and_passes_a_stop_on(dataset, tmp_path):
     file = write_config(dataset, tmp_path, "run", **{"training.max_steps": 100000})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -29,6 +29,7 @@ def test_a_job_killed_in_a_save_while_starting_and_all_at_once_ends_as_if_nothin
     assert tally.lost_steps <= SETTINGS["checkpoint.save_interval"]
 
 
+@pytest.mark.slow
 def test_what_a_resume_forgets_is_seen_by_the_comparison(write_run, tmp_path):
     """T002 with three pieces; a resume that forgets nothing passes."""
     yaml, forgotten = write_run("run", **_mutations.SETTINGS), ["exp_avg", "data cursor", "dropout seed"]

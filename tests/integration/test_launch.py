@@ -99,6 +99,7 @@ def test_sigterm_commits_one_step_and_the_deepspeed_launcher_itself_continues_it
     assert again.returncode == 0 and "nothing to train" in again.stderr + again.stdout
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once_with_the_last_commit_intact(write_run, tmp_path):
     yaml = write_run(
         "twice", **{"training.max_steps": 100000, "checkpoint.save_interval": 5, "checkpoint.keep_last": 2}
@@ -119,6 +120,7 @@ def test_a_second_signal_ends_at_once_with_the_last_commit_intact(write_run, tmp
     assert committed and all(commit.verify(path) == [] for _, path in committed)
 
 
+@pytest.mark.slow
 def test_a_killed_supervisor_leaves_no_process_and_a_committed_step(write_run, tmp_path):
     yaml = write_run("orphans", **{"training.max_steps": 100000})
     process = start([*DSGPT, "train", str(yaml)])
@@ -130,6 +132,7 @@ def test_a_killed_supervisor_leaves_no_process_and_a_committed_step(write_run, t
     assert step >= 3 and commit.verify(path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["runner", "group"])
 def test_the_deepspeed_command_stopped_by_sigterm_commits_and_leaves_nothing(write_run, tmp_path, victim):
     yaml = write_run("runner", **{"training.max_steps": 100000})

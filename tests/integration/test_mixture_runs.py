@@ -201,6 +201,7 @@ def megatron_copy(dataset: Path, prefix: Path) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
+@pytest.mark.slow
 def test_files_of_megatron_train_like_the_same_tokens_of_ours(write_run, tmp_path, dataset):
     megatron_copy(dataset, tmp_path / "theirs_text_document")
     theirs = [{"path": str(tmp_path / "theirs_text_document")}]
@@ -231,6 +232,7 @@ def test_files_of_megatron_train_like_the_same_tokens_of_ours(write_run, tmp_pat
     assert plan.model.vocab_size == 300 and plan.data.tokenizer_folder == dataset / "tokenizer"
 
 
+@pytest.mark.slow
 def test_chats_and_text_are_mixed_and_a_stop_changes_nothing(write_run, tmp_path, dataset):
     from dsgpt.data.chat import ChatChoices, open_chat, prepare_chat
 

@@ -136,7 +136,9 @@ def test_a_run_and_its_export_grow_alike(dataset, chats, write_run, tmp_path):
         ({"train": "last_blocks", "num_last_blocks": 1}, ["embed_tokens.weight"]),
         ({"train": "lora"}, ["embed_tokens.weight", "lm_head.weight"]),
         ({"train": "last_blocks", "num_last_blocks": 1, "train_embeddings": True}, []),
-        ({"train": "last_blocks", "num_last_blocks": 1, "unfreeze_at": {2: "all"}}, []),
+        pytest.param(
+            {"train": "last_blocks", "num_last_blocks": 1, "unfreeze_at": {2: "all"}}, [], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_new_rows_that_are_never_trained_are_told(fine_tuning, frozen, hf_folder, chats, write_run, tmp_path):

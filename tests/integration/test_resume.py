@@ -69,7 +69,7 @@ def hashes(checkpoint):
     return {name: entry["sha256"] for name, entry in commit.read_manifest(checkpoint)["files"].items()}
 
 
-@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+@pytest.mark.parametrize("stage", ["zero1", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_run_stopped_twice_equals_an_uninterrupted_one_bit_for_bit(write_run, tmp_path, dataset, stage):
     steps, pool = 30, ranks(2)
     straight = write_run("straight", **{"training.max_steps": steps, "deepspeed": stage})
@@ -94,6 +94,7 @@ def test_a_run_stopped_twice_equals_an_uninterrupted_one_bit_for_bit(write_run, 
     assert losses[-1] < losses[0] - 0.3, "nothing was learned, so nothing was tested"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_a_run_without_a_good_one_ends(write_run, tmp_path):
     yaml = write_run("damaged", **{"training.max_steps": 6, "checkpoint.save_interval": 2})
     pool = ranks(2)

@@ -56,6 +56,7 @@ def test_a_rewind_counts_for_the_first_start_of_a_job_only(write_run, tmp_path):
     assert [line["step"] for line in lines] == [*range(1, 41)]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_there_is_an_error_and_not_another_one(write_run, tmp_path):
     """T308, and a damaged one: no silent fallback where a step was asked for."""
     yaml, pool = write_run("exact", **{"training.max_steps": 4, "checkpoint.save_interval": 2}), ranks(2)
@@ -67,6 +68,7 @@ def test_a_step_that_is_not_there_is_an_error_and_not_another_one(write_run, tmp
     assert steps(tmp_path / "exact") == [2, 4]
 
 
+@pytest.mark.slow
 def test_the_decay_branch_of_a_stable_run_is_forked_with_all_its_state(write_run, tmp_path):
     """Warmup-stable-decay: the stable run goes on; a fork of it decays to the end, as if it had been planned so."""
     stable = {"optimizer.lr_schedule": "constant", "training.max_steps": 20, "checkpoint.save_interval": 5}
@@ -106,6 +108,7 @@ def test_two_checkpoints_are_compared_bit_for_bit(write_run, tmp_path):
     assert all(one.largest > 0 for one in other.tensors)
 
 
+@pytest.mark.slow
 def test_commits_of_a_job_that_was_cut_off_are_set_aside(write_run, tmp_path):
     """A job whose node hung wakes up after the next one has begun and commits once more: nobody continues from that."""
     yaml, pool = write_run("cut", **{"training.max_steps": 12, "checkpoint.save_interval": 2}), ranks(2)
@@ -150,6 +153,7 @@ def test_a_job_that_lost_its_folder_does_not_commit(write_run, tmp_path):
     assert [path.name for path in (tmp_path / "lost/checkpoints").iterdir()] == []
 
 
+@pytest.mark.slow
 def test_a_requeued_job_whose_folder_is_gone_does_not_start_again_at_step_0(write_run, tmp_path):
     """T310, and T309: a folder that knows of its first start, which committed nothing, begins at 0 and says so."""
     yaml, pool = write_run("gone", **{"training.max_steps": 2, "optimizer.warmup_steps": 0}), ranks(2)

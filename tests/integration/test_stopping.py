@@ -55,7 +55,9 @@ def undisturbed(dataset, tmp_path_factory):
     return losses(folder / "run")
 
 
-@pytest.mark.parametrize("look", range(1, START_STAGES + 1))
+@pytest.mark.parametrize(
+    "look", [pytest.param(look, marks=() if look % 2 else pytest.mark.slow) for look in range(1, START_STAGES + 1)]
+)
 def test_a_start_that_is_asked_leaves_before_its_first_step_and_the_next_one_trains(write_run, tmp_path, look):
     """T604: model build, rehearsal, reading of a checkpoint."""
     yaml = write_run(**SETTINGS)
@@ -132,6 +134,7 @@ def start_as_srun_does(yaml, folder, code=RANK, **environment):
     return [process for process, _ in started], log_dir
 
 
+@pytest.mark.slow
 def test_under_srun_all_ranks_leave_with_0_after_the_slowest_while_the_verdict_says_75(write_run, tmp_path):
     """T602: one rank is warned; rank 1 needs five more seconds to leave, in which srun would have killed it."""
     yaml = write_run(**{"training.max_steps": 10_000, "checkpoint.asynchronous": True})
@@ -180,6 +183,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_grace_shorter_than_the_save_costs_only_what_came_after_the_last_commit(write_run, tmp_path):
     """T603: SIGTERM, 3 s, SIGKILL, while a save takes 120 s. A token in the environment is in no file of the run (T918)."""
     yaml = write_run(**{"training.max_steps": 6, "checkpoint.save_interval": 2})
@@ -211,6 +215,7 @@ def train_until(world, yaml, seconds, attempt):
         del os.environ["DSGPT_JOB_END_TIME"], os.environ["DSGPT_JOB_SECONDS"]
 
 
+@pytest.mark.slow
 def test_the_end_of_the_job_is_met_with_a_commit_without_any_signal(write_run, tmp_path):
     """T608: rank 0 looks at the clock; a tenth of the job's time is left for leaving."""
     yaml = write_run(**{"training.max_steps": 100_000})

@@ -157,6 +157,7 @@ def test_the_command_prints_one_json_object_and_ends_with_its_code(
     assert "[bold]full[/bold]" in as_table.stdout and "-> free space" in as_table.stdout
 
 
+@pytest.mark.slow
 def test_the_doctor_examines_this_machine_without_importing_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from dsgpt.launch.doctor import examine_machine\n"

@@ -182,6 +182,7 @@ def test_control_groups_of_version_1_limit_too(tmp_path: Path) -> None:
     assert (memory_bytes(tmp_path), cpu_count(tmp_path)) == (2 * GIB, 1)
 
 
+@pytest.mark.slow
 def test_looking_at_the_hardware_imports_no_torch() -> None:
     code = "import sys; from dsgpt.launch import hardware; hardware.detect(True); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -170,10 +170,16 @@ def on_ranks(world, config, stage, recompute):
 @pytest.mark.parametrize(
     "stage, recompute, config",
     [
-        (0, "none", BIASED), (1, "selective", BIASED), (1, "none", GATED), (2, "full", GATED), (2, "selective", GATED),
-        (3, "none", BIASED), (3, "selective", GATED), (3, "full", BIASED),
+        pytest.param(0, "none", BIASED, marks=pytest.mark.slow),
+        pytest.param(1, "selective", BIASED, marks=pytest.mark.slow),
+        (1, "none", GATED),
+        pytest.param(2, "full", GATED, marks=pytest.mark.slow),
+        (2, "selective", GATED),
+        pytest.param(3, "none", BIASED, marks=pytest.mark.slow),
+        pytest.param(3, "selective", GATED, marks=pytest.mark.slow),
+        (3, "full", BIASED),
     ],
-)  # fmt: skip
+)
 def test_two_ranks_measure_what_one_process_measures_once_per_micro_step(stage, recompute, config):
     expected_losses, expected = in_one_process(config)
     losses, state = ranks(2).run(on_ranks, config, stage, recompute)[0]

@@ -65,7 +65,9 @@ def combinations():
         yield LLAMA.model_copy(update={"num_attention_heads": 4, **dict(zip(axes, values, strict=True))})
 
 
-@pytest.mark.parametrize("kind, count", [("llama", 8), ("qwen3", 4), ("gpt2", 1), ("dsgpt", 179)])
+@pytest.mark.parametrize(
+    "kind, count", [("llama", 8), ("qwen3", 4), ("gpt2", 1), pytest.param("dsgpt", 179, marks=pytest.mark.slow)]
+)
 def test_every_native_combination_has_a_format_that_gives_it_back(kind, count, tmp_path):
     """What Hugging Face holds is read by transformers too, with the same logits; the rest by dsgpt alone."""
     ids = torch.randint(LLAMA.vocab_size, (2, 12), generator=torch.Generator().manual_seed(2))

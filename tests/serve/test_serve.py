@@ -221,7 +221,7 @@ def test_a_client_that_leaves_in_its_request_costs_nothing(server, client):
     assert client.completions.create(model="small", prompt="x", max_tokens=1)
 
 
-@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("streamed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_client_that_leaves_frees_its_place(streamed, long_folder):
     with serving(long_folder, "--batch-size", 1) as (_, url):
         host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
@@ -239,6 +239,7 @@ def test_a_client_that_leaves_frees_its_place(streamed, long_folder):
         assert wait_until(lambda: running(url) == 0)
 
 
+@pytest.mark.slow
 def test_too_many_are_turned_away_and_the_others_are_answered(model_folder):
     with serving(model_folder, "--batch-size", 1, "--max-waiting", 2) as (_, url):
         client = openai.OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0)
@@ -284,6 +285,7 @@ def test_a_port_in_use_and_a_foreign_address_are_errors(model_folder):
     assert isinstance(done.exception, ConfigError) and "cannot be served" in str(done.exception)
 
 
+@pytest.mark.slow
 def test_a_model_without_template_completes_and_says_that_it_does_not_chat(model_folder):
     template = model_folder / "chat_template.jinja"
     text = template.read_text()

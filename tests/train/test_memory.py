@@ -17,6 +17,7 @@ def limit_address_space():
 
 
 # 64 x 32 tokens x 300,000 values in fp32 are 2.4 GB for each of the MLP's activations.
+@pytest.mark.slow
 @pytest.mark.parametrize("intermediate_size, code", [(64, 0), (300_000, 77)])
 def test_a_step_that_does_not_fit_ends_with_77_before_step_1(write_run, tmp_path, intermediate_size, code):
     sizes = {"training.micro_batch_size_per_gpu": 64, "training.global_batch_size": 64, "training.max_steps": 4}

@@ -114,7 +114,7 @@ def train_with_nan(world, yaml, overrides, attempt, first, last):
         loop.train_step = train_step
 
 
-@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+@pytest.mark.parametrize("stage", ["zero1", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_five_bad_steps_in_a_row_end_with_evidence_and_four_do_not(write_run, tmp_path, stage):
     """T711, T713, T714: nothing of a bad step is in any checkpoint."""
     yaml = write_run("bad", **{**SETTINGS, "training.max_steps": 12, "deepspeed": stage})
