@@ -40,8 +40,9 @@ def load_for_use(text: str, device: str = "auto", dtype: str = "auto", trust: bo
     found = choose_device(device)
     dtype = found.dtype(dtype)
     _refuse_too_large(location, found.kind, DTYPES[dtype])
+    tokenizer = Tokenizer.load(location.tokenizer)  # first, because it is read at once where it can be
     model = load_model(location, found.kind, trust, DTYPES[dtype])
-    return Loaded(location, model, Tokenizer.load(location.tokenizer), found.kind, dtype)
+    return Loaded(location, model, tokenizer, found.kind, dtype)
 
 
 def _refuse_too_large(location: ModelLocation, device: str, dtype: torch.dtype) -> None:

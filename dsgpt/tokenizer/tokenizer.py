@@ -40,6 +40,8 @@ _FILES = (
     "tokenizer_training.json",
 )
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+# Any of these makes a folder one that transformers may know a tokenizer in.
+_TOKENIZER_FILES = ("*token*", "*vocab*", "*merges*", "*.model", "*.bpe")
 # What they are called in transformers, and as GPT-2 was published.
 _GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
@@ -130,6 +132,12 @@ class Tokenizer:
                 seen=str(path),
                 do="train one with: dsgpt tokenizer train INPUT... --vocab-size N --output DIR; "
                 "a name on the Hugging Face hub is written hf:NAME",
+            )
+        if not [file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)]:
+            raise DataError(
+                "the folder holds no tokenizer",
+                seen=f"{folder}: {', '.join(sorted(one.name for one in folder.iterdir())[:8]) or 'nothing'}",
+                do="copy there the tokenizer files (tokenizer.json, tokenizer_config.json) of the model it was made from",
             )
         if not any((folder / name).exists() for name in ("tokenizer_config.json", "config.json")):
             for vocabulary, merges in _GPT2_FILES:

@@ -13,7 +13,7 @@ from dsgpt.applications import tables
 from dsgpt.applications.run import unigram_entropy
 from dsgpt.data.dataset import IGNORED, read_samples
 from dsgpt.data.packing import open_chat
-from tests.applications.test_prepare import write
+from tests.applications.test_prepare import REAL, SHARED, real_data, write
 
 
 def interval(value):
@@ -118,6 +118,26 @@ def test_ways_are_trained_evaluated_and_shown_and_a_second_call_does_nothing_aga
     assert unigram_entropy(tmp_path / "out/test", 256) == pytest.approx(-(shares * np.log(shares)).sum())
     second = run()
     assert "$ dsgpt" not in second and second.strip() in first
+
+
+@pytest.mark.slow
+@real_data
+@pytest.mark.parametrize("name", sorted(REAL))
+def test_each_application_runs_on_real_data_and_a_real_model(name, tmp_path):
+    """Two steps a way: stories260K, whose context of 512 divides dialogues and cuts contracts."""
+    words = [f"{key}={SHARED / file}" for key, files in REAL[name][0].items() for file in files]
+    command = ["application", "run", name, *(word for source in words for word in ("--source", source))]
+    command += ["--base", SHARED / "weights/stories260K-hf", "--output-dir", tmp_path / "out", "--no-grid"]
+    command += ["--samples", 3, "--max-new-tokens", 8, "--limit", "intents=200"]
+    for override in ("training.num_epochs=null", "training.max_steps=2", "optimizer.warmup_steps=1"):
+        command += ["--set", override]
+    command = [sys.executable, "-m", "dsgpt", *map(str, command), "--set", "training.global_batch_size=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert set(result["ways"]["full"]["kinds"]) == set(REAL[name][1])
+    losses = [way["loss"] for way in result["ways"].values()]
+    assert len(set(losses)) == 5 and result["unigram_entropy"] < 6.3
 
 
 @pytest.mark.slow

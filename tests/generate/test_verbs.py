@@ -140,3 +140,16 @@ def test_a_model_that_does_not_fit_is_refused_with_what_to_do(model_folder, monk
     monkeypatch.setattr("dsgpt.checkpoint.inference.available_memory_bytes", lambda: 1000)
     done = run("generate", model_folder, "--prompt", "x", "--device", "cpu")
     assert isinstance(done.exception, OutOfMemoryError) and "dsgpt checkpoint export" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [("generate", "--prompt", "x"), ("chat",), ("serve",), ("evaluate", "--text", "README.md")],
+    ids=lambda v: v[0],
+)
+def test_a_model_without_tokenizer_is_named_with_what_is_there(verb, model_folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((model_folder / name).read_bytes())
+    done = run(verb[0], tmp_path, *verb[1:], "--device", "cpu", input="Hello\n")
+    assert isinstance(done.exception, DataError) and "holds no tokenizer" in str(done.exception)
+    assert "config.json, model.safetensors" in str(done.exception)
