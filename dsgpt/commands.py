@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from dsgpt.errors import DsgptError, ExitCode
+from dsgpt.errors import ConfigError, DsgptError, ExitCode
 from dsgpt.process import die_with_parent
 
 
@@ -62,6 +64,34 @@ class Commands:
             raise failed(done.returncode, f"{label} failed with code {done.returncode}", done.stderr.strip()[-2000:])
         self.timings[arguments[0]] = time.perf_counter() - began
         return dict(json.loads(done.stdout))
+
+
+def keep_options(path: Path, options: Mapping[str, Any], again: str) -> None:
+    """Write what a folder's results come from, once. Raises ConfigError where they come from something else."""
+    options = json.loads(json.dumps(options))
+    if not path.exists():
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+        return
+    earlier = json.loads(path.read_text("utf-8"))
+    changed = sorted(key for key in options.keys() | earlier.keys() if options.get(key) != earlier.get(key))
+    if changed:
+        raise ConfigError(
+            "this folder holds results of another call",
+            seen="; ".join(f"{key}: {earlier.get(key)!r:.100}, now {options.get(key)!r:.100}" for key in changed),
+            do=f"another --output-dir, or the options that it was begun with: {again}",
+        )
+
+
+def fingerprint(place: str) -> Any:
+    """Of a file or folder what tells a change from the same: names, sizes and times of its files; another place as it is."""
+    path = Path(place)
+    if not path.exists():
+        return place
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    told = [(str(one.relative_to(path.parent)), one.stat().st_size, one.stat().st_mtime_ns) for one in files]
+    return f"{place} {hashlib.blake2b(repr(told).encode(), digest_size=8).hexdigest()}"
 
 
 def failed(code: int, what: str, seen: str, do: str = "") -> DsgptError:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-from dsgpt.commands import Commands
+from dsgpt.applications.prepare import write_text
+from dsgpt.commands import Commands, fingerprint, keep_options
 from dsgpt.data.chat_template import CHATML
 
 VOCAB_SIZE = 4096
@@ -23,6 +25,9 @@ def make_base(
     commands = Commands(f"dsgpt application base … --output-dir {folder}")
     tokenizer, data, run, export = (folder / name for name in ("tokenizer", "data", "run", EXPORT))
     report = folder / "export.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"texts": [fingerprint(text) for text in texts], "vocab_size": vocab_size, "overrides": list(overrides)}
+    keep_options(folder / "base.json", options, commands.again)
     if report.exists():
         return dict(json.loads(report.read_text("utf-8")))
     if not (tokenizer / "tokenizer_training.json").exists():
@@ -36,6 +41,7 @@ def make_base(
         )
     places = [f"data.train=[{{path: {json.dumps(str(data))}}}]", f"run.output_dir={run}"]
     commands.run("training", "train", "small-base", *places, *overrides)
+    shutil.rmtree(export, ignore_errors=True)  # of a call that was killed before its report
     found = commands.json("exporting", "checkpoint", "export", run, "--output", export, "--json")
-    report.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_text(report, json.dumps(found, indent=2) + "\n")
     return found

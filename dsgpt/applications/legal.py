@@ -1,10 +1,11 @@
 """Legal documents: plain-language summaries, classes of clauses, and the passage of a contract that answers a question.
 
     summaries    {"original_text", "reference_summary"} (ToS;DR and others), {"document", "summary"}
-    clauses      {"text", "label"}: a clause of terms of service and what is unfair in it (UNFAIR-ToS)
-    contracts    {"context", "question", "answers": {"text": [...]}} (CUAD, SQuAD)
+    clauses      {"text", "label"} or {"text", "answer"}: a clause of terms of service and what is unfair in it (UNFAIR-ToS)
+    contracts    {"context", "question", "answers": {"text": [...]}} (CUAD, SQuAD), or SQuAD's file of paragraphs
 
 Summaries of terms name their document: a contract is made of all passages of one, and each summary asks for its passage.
+UNFAIR-ToS does not say which contract a clause is from, so clauses of one are on both sides, near copies left out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from dsgpt.applications.records import Example, task
+from dsgpt.applications.records import Example, name_of, task, text_in
 from dsgpt.errors import DataError
 
 SOURCES = {
@@ -23,12 +24,13 @@ SOURCES = {
 }
 PUBLIC = {
     "summaries": "github: lauramanor/legal_summarization",
-    "clauses": "hf:nguha/legalbench:unfair_tos",
-    "contracts": "hf:theatticusproject/cuad-qa",
+    "clauses": "hf:nguha/legalbench:unfair_tos@refs/convert/parquet#test",
+    "contracts": "hf:theatticusproject/cuad-qa@refs/convert/parquet",
 }
 PLAIN = "Say in plain words:"
 CLASSIFY = "What is unfair in this clause?"
 FIND = "Quote the passage that says:"
+EXTRACTED = ("contracts",)  # the answer is a passage of the input
 CHOSEN = ("clauses",)  # by likelihood; the other kinds are answered
 METRICS = {
     "summaries": ("rougeL", "rouge1", "rouge2"),
@@ -43,18 +45,17 @@ def examples(source: str, records: Iterable[Mapping[str, Any]]) -> Iterator[Exam
         yield from _summaries(list(records))
         return
     for record in records:
-        yield from (_clause if source == "clauses" else _contract)(record)
+        yield from (_clauses if source == "clauses" else _contracts)(record)
 
 
 def _summaries(records: list[Mapping[str, Any]]) -> Iterator[Example]:
     documents: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for number, record in enumerate(_flat(records)):
-        passage = record.get("original_text") or record.get("document")
-        summary = record.get("reference_summary") or record.get("summary")
-        if not isinstance(passage, str) or not isinstance(summary, str):
-            raise _unknown("passage with its summary", record)
+        passage, summary = (
+            _first(record, names) for names in (("original_text", "document"), ("reference_summary", "summary"))
+        )
         name = f"{record.get('urls') or number} {record.get('doc', '')}"
-        documents[name].append((passage.strip(), summary.strip()))
+        documents[name].append((passage, summary))
         yield Example("summaries", name, task(PLAIN, passage, summary))
     for name, passages in documents.items():
         if len(passages) < 3:
@@ -62,7 +63,14 @@ def _summaries(records: list[Mapping[str, Any]]) -> Iterator[Example]:
         whole = "\n\n".join(passage for passage, _ in passages)
         for passage, summary in passages:
             # The question stands before the contract, where no cut takes it away.
-            yield Example("contracts", name, task(f"{FIND} {summary}", whole, passage), f"{summary} {passage}")
+            yield Example("contracts", name, task(f"{FIND} {summary}", whole, passage), document=whole)
+
+
+def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    for name in names:
+        if name in record:
+            return text_in(record, name)
+    raise _unknown("passage with its summary", record)
 
 
 def _flat(records: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -74,26 +82,33 @@ def _flat(records: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
             yield record
 
 
-def _clause(record: Mapping[str, Any]) -> Iterator[Example]:
-    text, label = record.get("text"), record.get("label")
-    if not isinstance(text, str) or not isinstance(label, str):
+def _clauses(record: Mapping[str, Any]) -> Iterator[Example]:
+    label = next((name for name in ("label", "answer") if isinstance(record.get(name), str)), None)
+    if "text" not in record or label is None:
         raise _unknown("clause with its class", record)
-    yield Example("clauses", text, task(CLASSIFY, text, label.strip()))
+    text = text_in(record, "text")
+    yield Example("clauses", text, task(CLASSIFY, text, text_in(record, label)))
 
 
-def _contract(record: Mapping[str, Any]) -> Iterator[Example]:
+def _contracts(record: Mapping[str, Any]) -> Iterator[Example]:
+    if isinstance(record.get("data"), list):  # SQuAD's file, as CUAD is published
+        for document in record["data"]:
+            for paragraph in document["paragraphs"]:
+                for one in paragraph["qas"]:
+                    texts = [answer["text"] for answer in one["answers"]]
+                    fields = {"title": document["title"], "context": paragraph["context"], "question": one["question"]}
+                    yield from _contracts({**fields, "answers": {"text": texts}})
+        return
     answers = record.get("answers")
     texts = answers.get("text") if isinstance(answers, Mapping) else None
-    if not isinstance(record.get("context"), str) or not isinstance(record.get("question"), str) or texts is None:
+    if texts is None or "context" not in record or "question" not in record:
         raise _unknown("contract with a question and its answers", record)
     if texts:  # questions that the contract does not answer teach no passage
-        group = str(record.get("title") or record["context"][:200])
-        asked = f"{FIND} {record['question']}"
-        yield Example("contracts", group, task(asked, record["context"], texts[0]), f"{group} {asked} {texts[0]}")
+        context = text_in(record, "context")
+        asked = f"{FIND} {text_in(record, 'question')}"
+        yield Example("contracts", name_of(record, "title"), task(asked, context, texts[0]), document=context)
 
 
 def _unknown(what: str, record: Mapping[str, Any]) -> DataError:
-    do = "convert it to one of the schemas of dsgpt application prepare legal --help"
-    return DataError(
-        f"a record is no {what} of a known schema", seen=f"fields: {', '.join(map(str, record))[:200]}", do=do
-    )
+    seen = f"fields: {', '.join(map(str, record))[:200]}"
+    return DataError(f"a record is no {what} of a known schema", seen=seen, do="the schemas are in the README")

@@ -10,34 +10,35 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from dsgpt.applications.records import Example, task
+from dsgpt.applications.records import Example, task, text_in
 from dsgpt.data.chat_formats import PAIRS
 from dsgpt.errors import DataError
 
 SOURCES = {"articles": "articles with their summaries"}
-PUBLIC = {"articles": "hf:abisee/cnn_dailymail:3.0.0 and hf:EdinburghNLP/xsum"}
+PUBLIC = {"articles": "hf:abisee/cnn_dailymail:3.0.0, hf:EdinburghNLP/xsum@refs/convert/parquet"}
 SUMMARISE = "Summarise:"
 CHOSEN: tuple[str, ...] = ()
 METRICS = {"articles": ("rougeL", "rouge1", "rouge2")}
 _INSTRUCTION = re.compile(r"\A\s*summari[sz]e[^:\n]{0,40}:\s*", re.IGNORECASE)
 _END = re.compile(r"\s*(<\|endoftext\|>|</endoftext/?>)\s*\Z")
-_SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
+_SHORT = r"(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\b[A-Z]\.)"  # no ends of sentences
+_SENTENCE = re.compile(_SHORT + r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 
 
 def examples(source: str, records: Iterable[Mapping[str, Any]]) -> Iterator[Example]:
     """Raises DataError for a record of an unknown schema."""
     for record in records:
         article, summary = _pair(record)
-        if article and summary:
-            yield Example("articles", article[:200], task(SUMMARISE, article, summary))
+        yield Example("articles", article[:200], task(SUMMARISE, article, summary))
 
 
 def _pair(record: Mapping[str, Any]) -> tuple[str, str]:
     for text, answer in PAIRS:
         if text in record and answer in record:
-            return str(record[text]).strip(), str(record[answer]).strip()
+            return text_in(record, text), text_in(record, answer)
     if "prompt" in record and "completion" in record:
-        return _INSTRUCTION.sub("", record["prompt"]).strip(), _END.sub("", record["completion"]).strip()
+        asked, said = text_in(record, "prompt"), text_in(record, "completion")
+        return _INSTRUCTION.sub("", asked).strip(), _END.sub("", said).strip()
     raise DataError(
         "a record is no article with its summary",
         seen=f"fields: {', '.join(record)}",

@@ -4,7 +4,8 @@
 
 Held out is by group, a conversation or a document, so that nothing of one is on both sides. Near copies are examples that
 share nine in ten of their word triples with an earlier one; held-out ones come first, so what is left out is training data.
-A group's side follows from its name and the seed alone: more data later moves nothing.
+A group's side follows from its name and the seed alone: more data later moves nothing. All texts and their triples are in
+memory, about 100 bytes a word: millions of words, not billions.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import hashlib
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dsgpt.data.near_copies import NearCopies
+from dsgpt.errors import DataError
 
 NEAR_COPY_SHARE = 0.9
 _SIDES = ("test", "validation", "train")
@@ -27,13 +29,21 @@ _SIDES = ("test", "validation", "train")
 class Example:
     """`record` is a chat record (dsgpt.data.chat_formats). `kind` names the task.
 
-    `compared` is what near copies are told by; everything that is said, where it is empty.
+    `document` is what all examples of a group are about, where that is what near copies are told by: a copied document goes
+    with all its examples. Where it is empty, near copies are told by what is said.
     """
 
     kind: str
     group: str
     record: dict[str, Any]
-    compared: str = ""
+    document: str = ""
+
+    @property
+    def answers(self) -> list[str]:
+        """What the assistant says, in order."""
+        if "messages" in self.record:
+            return [one["content"] for one in self.record["messages"] if one["role"] == "assistant"]
+        return [self.record["output"]]
 
 
 @dataclass(frozen=True)
@@ -70,9 +80,14 @@ def split_examples(examples: Iterable[Example], shares: Shares, seed: int) -> Sp
         sides[_side(one, shares, seed)].append(one)
     split = Split()
     seen: dict[str, NearCopies] = defaultdict(lambda: NearCopies(lambda *sizes: NEAR_COPY_SHARE * max(sizes)))
+    documents: dict[tuple[str, str], bool] = {}  # whether it is a near copy
     for side in _SIDES:
         for one in sides[side]:
-            if seen[one.kind].add(_triples(one.compared or text_of(one.record))) is not None:
+            place = (one.kind, one.group)
+            if not one.document or place not in documents:
+                copied = seen[one.kind].add(_triples(one.document or text_of(one.record))) is not None
+                documents[place] = copied
+            if documents[place] if one.document else copied:
                 split.near_copies[one.kind] += 1
             else:
                 getattr(split, side).append(one)
@@ -103,7 +118,7 @@ def text_of(record: dict[str, Any]) -> str:
     return "\n".join([*said, *(str(record[name]) for name in ("input", "output") if name in record)])
 
 
-def conversation(turns: Sequence[tuple[bool, str]]) -> list[dict[str, str]]:
+def conversation(turns: Iterable[tuple[bool, str]]) -> list[dict[str, str]]:
     """Messages of (is an agent's, text): turns of one side in a row are one, and what an agent says first is left out."""
     messages: list[dict[str, str]] = []
     for is_agent, text in turns:
@@ -140,6 +155,20 @@ def stretches(
 
 def _begins_exchange(messages: Sequence[dict[str, Any]], place: int) -> bool:
     return messages[place]["role"] == "user" and messages[place - 1]["role"] == "assistant"
+
+
+def text_in(record: Mapping[str, Any], name: str) -> str:
+    """A field without the spaces around it; "" where it is empty. Raises DataError for anything but text."""
+    value = record.get(name)
+    if value is not None and not isinstance(value, str):
+        raise DataError("a record holds something else than text", seen=f"{name}: {value!r:.80}")
+    return (value or "").strip()
+
+
+def name_of(record: Mapping[str, Any], *names: str) -> str:
+    """What a record calls itself in the first of these fields, else what its content is."""
+    given = next((record[name] for name in names if record.get(name) is not None), None)
+    return str(given) if given is not None else hashlib.blake2b(repr(record).encode(), digest_size=8).hexdigest()
 
 
 def task(instruction: str, given: str, answer: str, **more: Any) -> dict[str, Any]:

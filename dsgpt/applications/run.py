@@ -7,7 +7,8 @@
 
 All ways see the same examples for as many epochs. Learning rates are set by way, because they are not comparable: full
 tuning moves every weight, adapters begin at zero. Every stage is a command; what is done is not done again, so the same
-call continues where it stopped. Held-out loss is that of the test examples, which nothing was chosen by.
+call continues where it stopped, and one with other options is refused. Held-out loss is that of the test examples, which
+nothing was chosen by. Trade-off: one seed a way, so that what training itself varies by is not in the intervals.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,20 @@ from typing import Any
 import numpy as np
 
 from dsgpt.applications.news import lead
-from dsgpt.applications.prepare import SUMMARY, application
-from dsgpt.commands import Commands
+from dsgpt.applications.prepare import SUMMARY, application, write_text
+from dsgpt.checkpoint.weights import ModelLocation, find_model, read_model_config
+from dsgpt.commands import Commands, fingerprint, keep_options
+from dsgpt.config.model import HFModelConfig, ModelConfig
 from dsgpt.data.dataset import IGNORED, read_samples
 from dsgpt.data.packing import open_chat
 from dsgpt.evaluate.answers import score
 from dsgpt.evaluate.metrics import mean
-from dsgpt.evaluate.questions import read_questions
+from dsgpt.evaluate.questions import groups_of, read_questions
+from dsgpt.tokenizer.tokenizer import Tokenizer
 from dsgpt.train.state import read_metrics
 
-WAYS: dict[str, dict[str, Any] | None] = {
-    "untuned": None,
+UNTUNED = "untuned"
+WAYS: dict[str, dict[str, Any]] = {
     "last_blocks": {
         "fine_tuning.train": "last_blocks",
         "fine_tuning.num_last_blocks": 2,
@@ -45,7 +49,8 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "scratch": {"fine_tuning.train": "all", "model.init_from": "scratch", "optimizer.learning_rate": 2e-3},
 }
 SHARES = {"10%": "tenth", "100%": "data"}
-_MODEL_KEYS = (
+SEQ_LENGTH = 1024  # unless the base's context is shorter
+_SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
     "max_position_embeddings", "tie_word_embeddings",
 )  # fmt: skip
@@ -53,7 +58,10 @@ _MODEL_KEYS = (
 
 @dataclass
 class Comparison:
-    """`overrides` are keys of the run config for all ways; `samples` limits the questions of each kind."""
+    """`overrides` are keys of the run config for all ways, `rates` learning rates by way; `samples` limits the questions.
+
+    `base` is any MODEL. `max_new_tokens` is by default what nearly all training answers of a kind have at most.
+    """
 
     name: str
     sources: Mapping[str, Sequence[str]]
@@ -61,11 +69,42 @@ class Comparison:
     folder: Path
     limits: Mapping[str, int] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
+    rates: Mapping[str, float] = field(default_factory=dict)
     samples: int | None = None
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
+    seq_length: int | None = None
     long_input: str = "lead"
     general: Path | None = None  # a prepared dataset of general text, to see what is forgotten
     grid: bool = True
+    seed: int = 1234
+
+    def run(self) -> dict[str, Any]:
+        """All stages; the numbers of the tables. Raises DsgptError where a command fails, ConfigError for other options."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        keep_options(self.folder / "comparison.json", self._options(), self._commands.again)
+        self._prepare()
+        chosen = {share: self._chosen(share) for share in SHARES} if self.grid else {}
+        ways = {way: self._way(way) for way in (UNTUNED, *WAYS)}
+        cells = dict(self._cells(ways)) if self.grid else {}
+        result = {
+            "application": self.name,
+            "base": self.base,
+            "data": self._summary,
+            "unigram_entropy": unigram_entropy(self.folder / "test", self._length),
+            "ways": ways,
+            "baselines": {kind: self._baselines(kind, found) for kind, found in ways[UNTUNED]["kinds"].items()},
+            "cells": cells,
+            "chosen": chosen,
+        }
+        self._record(self.folder / "result.json", result)
+        return result
+
+    def _options(self) -> dict[str, Any]:
+        """What the results depend on."""
+        names = [one.name for one in fields(self) if one.name not in ("folder", "grid")]
+        kept = {name: getattr(self, name) for name in names}
+        kept["sources"] = {key: [fingerprint(place) for place in places] for key, places in self.sources.items()}
+        return kept | {"base": fingerprint(self.base), "general": self.general and fingerprint(str(self.general))}
 
     @cached_property
     def _commands(self) -> Commands:
@@ -75,89 +114,89 @@ class Comparison:
     def _data(self) -> Path:
         return self.folder / "application"
 
-    def run(self) -> dict[str, Any]:
-        """All stages; the numbers of the tables. Raises DsgptError where a command fails."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._prepare()
-        ways = {way: self._way(way) for way in WAYS}
-        cells = dict(self._cells()) if self.grid else {}
-        result = {
-            "application": self.name,
-            "base": self.base,
-            "data": json.loads((self._data / SUMMARY).read_text("utf-8")),
-            "unigram_entropy": unigram_entropy(self.folder / "test", self._seq_length),
-            "ways": ways,
-            "baselines": {kind: self._baselines(kind, found) for kind, found in ways["untuned"]["kinds"].items()},
-            "cells": cells,
-            "chosen": {share: self._chosen(share) for share in SHARES} if self.grid else {},
-        }
-        (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        return result
+    @cached_property
+    def _summary(self) -> dict[str, Any]:
+        return dict(json.loads((self._data / SUMMARY).read_text("utf-8")))
+
+    @cached_property
+    def _location(self) -> ModelLocation:
+        return find_model(self.base)
+
+    @cached_property
+    def _model(self) -> ModelConfig:
+        return read_model_config(self._location)
+
+    @property
+    def _length(self) -> int:
+        return self.seq_length or min(SEQ_LENGTH, self._model.max_position_embeddings)
+
+    def _record(self, path: Path, found: Mapping[str, Any]) -> None:
+        write_text(path, json.dumps(found, indent=2) + "\n")
 
     # ---- stages --------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
+        tokenizer = ("--tokenizer", self._location.tokenizer, "--seq-length", self._length)
         if not (self._data / SUMMARY).exists():
-            sources = [
+            words = [
                 word
                 for key, places in self.sources.items()
                 for place in places
                 for word in ("--source", f"{key}={place}")
             ]
-            limits = [word for key, number in self.limits.items() for word in ("--limit", f"{key}={number}")]
-            self._commands.run(
-                "prepare", "application", "prepare", self.name, *sources, *limits, "--tokenizer", self.base,
-                "--seq-length", self._seq_length, "--output", self._data,
-            )  # fmt: skip
+            words += [word for key, number in self.limits.items() for word in ("--limit", f"{key}={number}")]
+            words += ["--seed", str(self.seed), "--output", str(self._data)]
+            self._commands.run("prepare", "application", "prepare", self.name, *tokenizer, *words)
         for side, name in (("train", "data"), ("train-tenth", "tenth"), ("validation", "validation"), ("test", "test")):
-            if not (self.folder / name / "dataset.json").exists():
-                self._commands.run(
-                    name, "data", "prepare-chat", self._data / f"{side}.jsonl", "--tokenizer", self.base,
-                    "--seq-length", self._seq_length, "--output", self.folder / name,
-                )  # fmt: skip
-
-    @cached_property
-    def _seq_length(self) -> int:
-        return int(self._base_config["max_position_embeddings"])
-
-    @cached_property
-    def _base_config(self) -> dict[str, Any]:
-        return dict(json.loads((Path(self.base.removeprefix("hf:")) / "config.json").read_text("utf-8")))
+            if (self.grid or name != "tenth") and not (self.folder / name / "dataset.json").exists():
+                words = [str(self._data / f"{side}.jsonl"), "--output", str(self.folder / name)]
+                self._commands.run(name, "data", "prepare-chat", *words, *tokenizer)
 
     def _way(self, way: str) -> dict[str, Any]:
         """One row of the table."""
         record = self.folder / f"{way}.json"
         if record.exists():
             return dict(json.loads(record.read_text("utf-8")))
-        changes = WAYS[way]
-        if changes is None:
+        if way == UNTUNED:
             model, cost = self.base, dict[str, Any]()
         else:
-            model = str(self._train(way, "data", changes))
+            model = str(self._train(way, "data", WAYS[way]))
             cost = self._cost(Path(model))
         row = {"loss": self._loss(model), **cost, "kinds": dict(self._measure(way, model))}
         if self.general is not None:
             row["general_loss"] = self._loss(model, self.general, _held_out_split(self.general))
-        record.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+        self._record(record, row)
         return row
 
-    def _train(self, name: str, data: str, changes: Mapping[str, Any]) -> Path:
+    def _train(self, name: str, data: str, changes: Mapping[str, Any], last: Mapping[str, Any] | None = None) -> Path:
+        """`last` are settings that the user's own do not change."""
         run = self.folder / name
         settings = {
             "run.name": f"{self.name}-{name}",
             "run.output_dir": str(run),
-            "model.init_from": f"hf:{self.base.removeprefix('hf:')}",
-            "training.seq_length": self._seq_length,
+            "run.seed": self.seed,
+            "model.init_from": f"{'checkpoint' if self._location.is_checkpoint else 'hf'}:{self.base.removeprefix('hf:')}",
+            "training.seq_length": self._length,
             "data.train": [{"path": str(self.folder / data)}],
             "data.validation": [{"path": str(self.folder / "validation")}],
+            "fine_tuning.num_last_blocks": None,
             **changes,
         }
         if settings["model.init_from"] == "scratch":
-            sizes = {key: self._base_config[key] for key in _MODEL_KEYS if key in self._base_config}
-            settings |= {f"model.{key}": value for key, value in sizes.items()}
-        words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        self._commands.run(f"training {name}", "train", self.name, *words, *self.overrides)
+            settings |= {f"model.{key}": value for key, value in self._shape.items()}
+        if name in self.rates:
+            settings["optimizer.learning_rate"] = self.rates[name]
+        words = [_word(key, value) for key, value in settings.items()]
+        words += [*self.overrides, *(_word(key, value) for key, value in (last or {}).items())]
+        self._commands.run(f"training {name}", "train", self.name, *words)
         return run
+
+    @property
+    def _shape(self) -> dict[str, Any]:
+        """Of a native model all of it; of one of transformers its sizes."""
+        if isinstance(self._model, HFModelConfig):
+            return {key: getattr(self._model, key) for key in _SIZES}
+        return self._model.model_dump(exclude={"vocab_size", "dropout"})
 
     def _loss(self, model: str, data: Path | None = None, split: str = "train") -> float:
         """Of the test examples, or of another dataset."""
@@ -168,37 +207,42 @@ class Comparison:
 
     def _measure(self, way: str, model: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """(kind of question, its numbers)."""
-        of = application(self.name)
-        limit = ("--samples", self.samples) if self.samples else ()
-        common = ("--chat-template", "chatml", "--long-input", self.long_input, *limit, "--json")
-        for kind in of.METRICS:
-            path = self._data / f"test-{kind}.jsonl"
-            if not path.exists() or not path.stat().st_size:
+        of, tokenizer = application(self.name), Tokenizer.load(self._location.tokenizer)
+        common: list[Any] = ["--json", *(("--samples", self.samples) if self.samples else ())]
+        common += [] if tokenizer.chat_template else ["--chat-template", "chatml"]
+        for kind, numbers in self._summary["kinds"].items():
+            if not numbers["questions"]:
                 continue
-            output = ("--output", said_file(self.folder, way, kind))
-            asked = (
-                ("--choices", path)
-                if kind in of.CHOSEN
-                else ("--answers", path, "--max-new-tokens", self.max_new_tokens)
-            )
-            yield kind, self._commands.json(f"{kind}: what {way} says", "evaluate", model, *asked, *output, *common)
+            path, output = self._data / f"test-{kind}.jsonl", ("--output", said_file(self.folder, way, kind))
+            label = f"{kind}: what {way} says"
+            if kind in of.CHOSEN:  # a choice is made once, not for each piece of an input
+                lead_only = "refuse" if self.long_input == "refuse" else "lead"
+                asked = ("--choices", path, "--long-input", lead_only)
+            else:
+                room = self.max_new_tokens or max(1, min(numbers["answer_tokens"], self._length // 2))
+                asked = ("--answers", path, "--max-new-tokens", room, "--long-input", self.long_input)
+            yield kind, self._commands.json(label, "evaluate", model, *asked, *output, *common)
 
     def _baselines(self, kind: str, found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """What needs no training: chance and the most frequent class; the first three sentences of an article."""
+        """What needs no training: chance and the most frequent class or answer; the first sentences of an article."""
         if kind in application(self.name).CHOSEN:
             majority = {"accuracy": found["majority"], "macro_f1": found["majority_macro_f1"]}
             given = {"by chance": {"accuracy": found["chance"]}, "most frequent": majority}
             return {name: {key: {"value": value} for key, value in numbers.items()} for name, numbers in given.items()}
-        if self.name != "news":
-            return {}
         questions = read_questions(self._data / f"test-{kind}.jsonl", self.samples)
-        scores = score([one.answer for one in questions], [lead(one.input) for one in questions])
-        return {"lead-3": {name: vars(mean(values)) for name, values in scores.items()}}
+        frequent = self._summary["kinds"][kind].get("most_frequent_answer", "")
+        answers = {"most frequent": [frequent] * len(questions)}
+        if self.name == "news":
+            answers["lead-3"] = [lead(one.input) for one in questions]
+        groups, references = groups_of(questions), [one.answer for one in questions]
+        return {
+            name: {metric: vars(mean(values, groups)) for metric, values in score(references, said).items()}
+            for name, said in answers.items()
+        }
 
     def _cost(self, run: Path) -> dict[str, Any]:
         metrics = [entry for entry in read_metrics(run / "metrics.jsonl") if "tokens_per_second" in entry]
-        events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
-        counts = next((event for event in events if event.get("event") == "trained_parameters"), {})
+        counts = next((event for event in _events(run) if event.get("event") == "trained_parameters"), {})
         return {
             "trained": counts.get("trained"),
             "frozen": counts.get("frozen"),
@@ -213,34 +257,48 @@ class Comparison:
     @cached_property
     def numbers(self) -> tuple[int, ...]:
         """1, 2, half of the blocks, all."""
-        blocks = int(self._base_config["num_hidden_layers"])
+        blocks = self._model.num_hidden_layers
         return tuple(sorted({1, min(2, blocks), max(1, blocks // 2), blocks}))
 
-    def _cells(self) -> Iterator[tuple[str, float]]:
+    def _cells(self, ways: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         """("N of SHARE", held-out loss) of every number of last blocks at every share of the data."""
+        usual = WAYS["last_blocks"]
         for share, data in SHARES.items():
             for number in self.numbers:
                 name = f"last-{number}-of-{data}"
                 record = self.folder / f"{name}.json"
-                if not record.exists():
-                    changes = {**(WAYS["last_blocks"] or {}), "fine_tuning.num_last_blocks": number}
-                    loss = self._loss(str(self._train(name, data, changes)))
-                    record.write_text(json.dumps({"loss": loss}) + "\n", encoding="utf-8")
+                if data == "data" and number == usual["fine_tuning.num_last_blocks"]:
+                    self._record(record, {"loss": ways["last_blocks"]["loss"]})
+                elif not record.exists():
+                    changes = {**usual, "fine_tuning.num_last_blocks": number, **self._rate}
+                    self._record(record, {"loss": self._loss(str(self._train(name, data, changes)))})
                 yield f"{number} of {share}", float(json.loads(record.read_text("utf-8"))["loss"])
+
+    @property
+    def _rate(self) -> dict[str, float]:
+        return {"optimizer.learning_rate": self.rates["last_blocks"]} if "last_blocks" in self.rates else {}
 
     def _chosen(self, share: str) -> int:
         """What `num_last_blocks: auto` measures on this share of the data: one step of training tells."""
-        name = f"auto-of-{SHARES[share]}"
-        changes = {**(WAYS["last_blocks"] or {}), "fine_tuning.num_last_blocks": "auto", "training.max_steps": 1}
-        changes |= {"training.num_epochs": None, "optimizer.warmup_steps": 0}
+        changes = {**WAYS["last_blocks"], "fine_tuning.num_last_blocks": "auto", **self._rate}
+        one_step = {"training.max_steps": 1, "training.num_epochs": None, "optimizer.warmup_steps": 0}
         if self.general is not None:
             sets = {"domain": self.folder / "validation", "general": self.general}
             changes["data.validation"] = [{"name": key, "path": str(path)} for key, path in sets.items()]
+        name = f"auto-of-{SHARES[share]}"
         run = self.folder / name
-        if not (run / "events.jsonl").exists():
-            self._train(name, SHARES[share], changes)
-        events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
-        return next(int(event["num_last_blocks"]) for event in events if "num_last_blocks" in event)
+        if not any("num_last_blocks" in event for event in _events(run)):
+            self._train(name, SHARES[share], changes, one_step)
+        return next(int(event["num_last_blocks"]) for event in _events(run) if "num_last_blocks" in event)
+
+
+def _word(key: str, value: Any) -> str:
+    return f"{key}={json.dumps(value)}"
+
+
+def _events(run: Path) -> list[dict[str, Any]]:
+    path = run / "events.jsonl"
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def _held_out_split(data: Path) -> str:

@@ -1,6 +1,7 @@
 """Customer support: dialogues, frequent questions, manuals, and the routing of a message to its intent.
 
-dialogues    {"turns": [{"speaker": "USER", "utterance": ...}]} (SGD), {"original": [["customer", ...]]} (ABCD), or messages
+dialogues    {"turns": [{"speaker": "USER", "utterance": ...}]} (SGD, also by columns), {"original": [["customer", ...]]}
+             (ABCD), or messages
 faq          {"title", "body"} (DSTC9), {"question", "answer"}, {"instruction", "response"} (Bitext)
 manuals      {"title", "steps": [...]}, or ABCD's guidelines: flows of subflows of actions
 intents      {"text", "category"} or {"text", "label_text"} (banking77), {"instruction", "intent"} (Bitext)
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from dsgpt.applications.records import Example, conversation, task
+from dsgpt.applications.records import Example, conversation, name_of, task, text_in
 from dsgpt.errors import DataError
 
 SOURCES = {
@@ -21,6 +22,8 @@ SOURCES = {
     "intents": "messages of customers and what they are about",
 }
 PUBLIC = {
+    "dialogues": "github: google-research-datasets/dstc8-schema-guided-dialogue, asappresearch/abcd",
+    "manuals": "github: asappresearch/abcd data/guidelines.json",
     "faq": "hf:bitext/Bitext-customer-support-llm-chatbot-training-dataset",
     "intents": "hf:mteb/banking77",
 }
@@ -36,35 +39,51 @@ METRICS = {
 
 
 def examples(source: str, records: Iterable[Mapping[str, Any]]) -> Iterator[Example]:
-    """Raises DataError for a record of an unknown schema."""
-    for number, record in enumerate(records):
-        yield from _READERS[source](record, number)
+    """Raises DataError for a record of an unknown schema, and for one that holds something else than text."""
+    for record in records:
+        yield from _READERS[source](record)
 
 
-def _dialogue(record: Mapping[str, Any], number: int) -> Iterator[Example]:
-    group = str(record.get("dialogue_id") or record.get("convo_id") or number)
+def _dialogues(record: Mapping[str, Any]) -> Iterator[Example]:
+    if record and set(record) <= {"train", "dev", "validation", "test"}:  # ABCD as published: one object of all splits
+        for split in record.values():
+            for one in split:
+                yield from _dialogues(one)
+        return
     if "turns" in record:
-        turns = [(turn["speaker"].upper() in ("SYSTEM", "AGENT"), turn["utterance"]) for turn in record["turns"]]
-        messages = conversation(turns)
-    elif "original" in record:
-        said = [(who == "agent", text) for who, text in record["original"] if who in ("agent", "customer")]
+        said = [(_is_agent(turn["speaker"]), text_in(turn, "utterance")) for turn in _rows(record["turns"])]
         messages = conversation(said)
-    elif "messages" in record:
-        messages = list(record["messages"])
+    elif "original" in record:
+        messages = conversation(
+            (who == "agent", text) for who, text in record["original"] if who in ("agent", "customer")
+        )
+    elif isinstance(record.get("messages"), list):
+        messages = [{"role": str(one["role"]), "content": text_in(one, "content")} for one in record["messages"]]
     else:
         raise _unknown("dialogue", record)
-    if messages:
-        yield Example("dialogues", group, {"messages": messages})
+    yield Example("dialogues", name_of(record, "dialogue_id", "convo_id", "id"), {"messages": messages})
 
 
-def _faq(record: Mapping[str, Any], number: int) -> Iterator[Example]:
+def _rows(turns: Any) -> list[dict[str, Any]]:
+    """Turns that are given by columns, as the Hub keeps lists of records."""
+    if isinstance(turns, Mapping):
+        pairs = zip(turns["speaker"], turns["utterance"], strict=True)
+        return [{"speaker": who, "utterance": text} for who, text in pairs]
+    return list(turns)
+
+
+def _is_agent(speaker: Any) -> bool:
+    """SGD's names, or the numbers that they have on the Hub (0 is the user)."""
+    return speaker == 1 if isinstance(speaker, int) else str(speaker).upper() in ("SYSTEM", "AGENT")
+
+
+def _faq(record: Mapping[str, Any]) -> Iterator[Example]:
     """Flat records, or DSTC9's: domains of entities of documents."""
     for question, answer in (("title", "body"), ("question", "answer"), ("instruction", "response")):
         if question in record and answer in record:
-            asked, said = str(record[question]), str(record[answer])
-            name = record.get("entity")
-            given = f"{name}: {asked}" if name and str(name).lower() not in asked.lower() else asked
-            yield Example("faq", f"{name or asked}", {"messages": conversation([(False, given), (True, said)])})
+            asked, said, name = text_in(record, question), text_in(record, answer), text_in(record, "entity")
+            given = f"{name}: {asked}" if name and name.lower() not in asked.lower() else asked
+            yield Example("faq", name or asked, {"messages": conversation([(False, given), (True, said)])})
             return
     found = [
         {**doc, "entity": entity.get("name")}
@@ -76,14 +95,15 @@ def _faq(record: Mapping[str, Any], number: int) -> Iterator[Example]:
     if not found:
         raise _unknown("question with its answer", record)
     for doc in found:
-        yield from _faq(doc, number)
+        yield from _faq(doc)
 
 
-def _manual(record: Mapping[str, Any], number: int) -> Iterator[Example]:
+def _manuals(record: Mapping[str, Any]) -> Iterator[Example]:
     """One procedure, or ABCD's guidelines of many."""
-    if "title" in record and "steps" in record:
+    if "title" in record and isinstance(record.get("steps"), list):
         steps = "\n".join(f"{place}. {step}" for place, step in enumerate(record["steps"], start=1))
-        yield Example("manuals", str(record["title"]), task(MANUAL, str(record["title"]), steps))
+        title = text_in(record, "title")
+        yield Example("manuals", title, task(MANUAL, title, steps))
         return
     flows = {name: flow for name, flow in record.items() if isinstance(flow, Mapping) and "subflows" in flow}
     if not flows:
@@ -91,23 +111,21 @@ def _manual(record: Mapping[str, Any], number: int) -> Iterator[Example]:
     for flow, content in flows.items():
         for subflow, its in content["subflows"].items():
             steps = [action["text"] for action in its["actions"] if action.get("text")]
-            yield from _manual({"title": f"{flow}: {subflow}", "steps": steps}, number)
+            yield from _manuals({"title": f"{flow}: {subflow}", "steps": steps})
 
 
-def _intent(record: Mapping[str, Any], number: int) -> Iterator[Example]:
-    text = record.get("text") or record.get("instruction")
-    label = record.get("category") if "text" in record else record.get("intent")
-    label = label if isinstance(label, str) else record.get("label_text")
-    if not isinstance(text, str) or not isinstance(label, str):
+def _intents(record: Mapping[str, Any]) -> Iterator[Example]:
+    text_name, names = ("text", ("category", "label_text")) if "text" in record else ("instruction", ("intent",))
+    label = next((name for name in names if isinstance(record.get(name), str)), None)
+    if text_name not in record or label is None:
         raise _unknown("message with its intent", record)
-    yield Example("intents", text, task(ROUTE, text, label.replace("_", " ").strip()))
+    text = text_in(record, text_name)
+    yield Example("intents", text, task(ROUTE, text, text_in(record, label).replace("_", " ")))
 
 
 def _unknown(what: str, record: Mapping[str, Any]) -> DataError:
-    do = "convert it to one of the schemas of dsgpt application prepare support --help"
-    return DataError(
-        f"a record is no {what} of a known schema", seen=f"fields: {', '.join(map(str, record))[:200]}", do=do
-    )
+    seen = f"fields: {', '.join(map(str, record))[:200]}"
+    return DataError(f"a record is no {what} of a known schema", seen=seen, do="the schemas are in the README")
 
 
-_READERS = {"dialogues": _dialogue, "faq": _faq, "manuals": _manual, "intents": _intent}
+_READERS = {"dialogues": _dialogues, "faq": _faq, "manuals": _manuals, "intents": _intents}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dsgpt.applications.prepare import application, summary_lines
-from dsgpt.evaluate.metrics import mean_difference
+from dsgpt.evaluate.metrics import Number, mean_difference
 from dsgpt.units import format_bytes, format_count
 
 WITHIN = 0.05  # nats: so near to the best number of blocks a choice is right
@@ -68,13 +70,25 @@ def kind_table(result: Mapping[str, Any], kind: str, said: Mapping[str, Lines]) 
     rows = []
     for way, row in result["ways"].items():
         numbers = row["kinds"][kind]
-        gain = "" if way == "untuned" else str(mean_difference(_each(said[way], main), _each(said["untuned"], main)))
-        rows.append([_LABELS[way], _number(numbers[main]), gain, *(_number(numbers[name]) for name in others)])
+        gain = "" if way == "untuned" else str(_gain(said[way], said["untuned"], main))
+        cells = [_number(numbers[name]) if name in numbers else "" for name in (main, *others)]
+        rows.append([_LABELS[way], cells[0], gain, *cells[1:]])
     for name, numbers in result.get("baselines", {}).get(kind, {}).items():
         cells = [_number(numbers[metric]) if metric in numbers else "" for metric in of.METRICS[kind]]
         rows.append([name, cells[0], "", *cells[1:]])
-    questions = next(iter(result["ways"].values()))["kinds"][kind]["questions"]
-    return f"{kind}, {questions} questions", headings, rows
+    questions = result["ways"]["untuned"]["kinds"][kind]["questions"]
+    groups = len({line["group"] for line in said["untuned"]})
+    return f"{kind}: {questions} questions of {groups} groups", headings, rows
+
+
+def main_metric(result: Mapping[str, Any], kind: str) -> str:
+    return str(application(result["application"]).METRICS[kind][0])
+
+
+def _gain(ours: Lines, theirs: Lines, metric: str) -> Number:
+    """Of two models on the same questions."""
+    groups = [line["group"] for line in ours]
+    return mean_difference(_each(ours, metric), _each(theirs, metric), None if None in groups else groups)
 
 
 def _each(lines: Lines, metric: str) -> list[float]:
@@ -111,14 +125,28 @@ def auto_is_right(losses: Mapping[int, float], choice: int) -> bool:
 
 
 def facts(result: Mapping[str, Any]) -> Iterator[str]:
-    """Lines below the tables: what is in the data, which inputs were too long, the loss that knows nothing of order."""
+    """Lines below the tables: what is in the data, what was too long, the loss that knows nothing of order, the seed."""
     yield from summary_lines(result["data"])
     for kind, numbers in result["ways"]["untuned"]["kinds"].items():
         counts = numbers["long_inputs"]
         for name, done in _SHORTENED.items():
             if number := counts.get(name):
                 yield f"{kind}: {number} of {counts['asked']} questions ({number / counts['asked']:.0%}) {done}"
+        if beyond := result["data"]["kinds"][kind].get("test_beyond"):
+            yield f"{kind}: of the test examples {beyond} have a passage beyond the lead of a training sequence"
+        if unmeasured := numbers.get("unmeasured"):
+            yield f"{kind}: {unmeasured} references are longer than the context, and not in the perplexity"
     yield f"unigram entropy of the held-out answers: {result['unigram_entropy']:.3f} nats per token"
+    yield f"seed {result['data']['seed']}; base {result['base']}; {platform.machine()}, {os.cpu_count()} processors"
+
+
+def seen_line(kind: str, lines: Lines, seen: Sequence[bool], metric: str) -> str | None:
+    """A metric of the questions whose answer stands word for word in the training data, and of the others."""
+    parts = [[line[metric] for line, known in zip(lines, seen, strict=True) if known is side] for side in (True, False)]
+    if not all(parts):
+        return None
+    known, new = (f"{sum(part) / len(part):.3f} ({len(part)})" for part in parts)
+    return f"{kind}, all weights: {_HEADINGS[metric]} where the answer stands in the training data {known}, else {new}"
 
 
 def markdown(table: Table) -> str:

@@ -54,6 +54,8 @@ def prepare(
     support   dialogues, faq, manuals, intents
     news      articles
     legal     summaries, clauses, contracts
+
+    The schemas are in the README. A data set of the Hub is hf:NAME, also hf:NAME:CONFIG@REVISION#SPLIT.
     """
     from dsgpt.applications import prepare as module
     from dsgpt.tokenizer import Tokenizer
@@ -83,41 +85,50 @@ def base(texts: tuple[str, ...], output_dir: Path, vocab_size: int, overrides: t
 @application.command()
 @click.argument("name", type=click.Choice(NAMES))
 @click.option("--source", "sources", multiple=True, required=True, type=Pair(), help=_SOURCE_HELP)
-@click.option("--base", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help="Folder of the pretrained model.")  # fmt: skip
+@click.option("--base", required=True, metavar="MODEL", help="The pretrained model: a folder, a run, or hf:NAME.")
 @click.option("--output-dir", required=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--general", type=click.Path(exists=True, file_okay=False, path_type=Path),
               help="A prepared dataset of general text: what is forgotten of it.")  # fmt: skip
 @click.option("--limit", "limits", multiple=True, type=Pair(), help="KIND=N: only so many examples to train on.")
 @click.option("--samples", type=click.IntRange(1), help="Only so many questions of each kind.")
-@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1), help="Of an answer.")
+@click.option("--max-new-tokens", type=click.IntRange(1),
+              help="Of an answer.  [default: as many as 95 % of the training answers of its kind have]")  # fmt: skip
+@click.option(
+    "--seq-length", type=click.IntRange(16), help="training.seq_length.  [default: the context, at most 1024]"
+)
 @click.option(
     "--long-input", type=click.Choice(("refuse", "lead", "chunk_and_merge")), default="lead", show_default=True
 )
 @click.option("--no-grid", is_flag=True, help="Without the table of numbers of blocks and shares of the data.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of the run config, for all ways.")
+@click.option("--rate", "rates", multiple=True, type=Pair(),
+              help="WAY=RATE: learning rate of last_blocks, lora, full or scratch.")  # fmt: skip
+@click.option("--seed", default=1234, show_default=True, help="Decides what is held out, and of every training.")
 def run(
     name: str,
     sources: tuple[tuple[str, str], ...],
-    base: Path,
+    base: str,
     output_dir: Path,
     general: Path | None,
     limits: tuple[tuple[str, str], ...],
     samples: int | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
+    seq_length: int | None,
     long_input: str,
     no_grid: bool,
     overrides: tuple[str, ...],
+    rates: tuple[tuple[str, str], ...],
+    seed: int,
 ) -> None:
     """Tune a model in several ways on one application, evaluate each, and print what was reached.
 
-    Run it again to continue where it stopped.
+    Run it again to continue where it stopped. Each tuned model is a run in OUTPUT_DIR: last_blocks, lora, full, scratch.
     """
     from dsgpt.applications.run import Comparison
 
     comparison = Comparison(
-        name, _by_key(sources), str(base), output_dir, _numbers(limits), overrides, samples, max_new_tokens,
-        long_input, general, not no_grid,
+        name, _by_key(sources), base, output_dir, _numbers(limits), overrides, _rates(rates), samples, max_new_tokens,
+        seq_length, long_input, general, not no_grid, seed,
     )  # fmt: skip
     _print(comparison.run(), output_dir)
 
@@ -131,10 +142,14 @@ def _print(result: dict[str, Any], folder: Path) -> None:
     from dsgpt.applications.run import said_file
 
     made = [tables.ways_table(result)]
+    facts = list(tables.facts(result))
     for kind in result["ways"]["untuned"]["kinds"]:
-        files = {way: said_file(folder, way, kind) for way in result["ways"]}
-        said = {way: [json.loads(line) for line in file.read_text("utf-8").splitlines()] for way, file in files.items()}
+        said = {way: _lines(said_file(folder, way, kind)) for way in result["ways"]}
         made.append(tables.kind_table(result, kind, said))
+        asked = _lines(folder / f"application/test-{kind}.jsonl")[: len(said["full"])]
+        if "seen" in asked[0]:
+            seen = [row["seen"] for row in asked]
+            facts += filter(None, [tables.seen_line(kind, said["full"], seen, tables.main_metric(result, kind))])
     if result["cells"]:
         made.append(tables.cells_table(result))
     for title, headings, rows in made:
@@ -145,13 +160,16 @@ def _print(result: dict[str, Any], folder: Path) -> None:
             table.add_row(*row)
         click.echo()
         Console(highlight=False).print(table)
-    facts = list(tables.facts(result))
     click.echo()
     for line in facts:
         click.echo(line)
     report = folder / "report.md"
     report.write_text("\n".join([*map(tables.markdown, made), *(f"* {line}" for line in facts)]) + "\n", "utf-8")
     click.echo(f"as Markdown: {report}")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def _by_key(pairs: tuple[tuple[str, str], ...]) -> dict[str, list[str]]:
@@ -166,3 +184,17 @@ def _numbers(pairs: tuple[tuple[str, str], ...]) -> dict[str, int]:
         if not value.isdecimal():
             raise click.UsageError(f"--limit {key}={value}: a number is needed")
     return {key: int(value) for key, value in pairs}
+
+
+def _rates(pairs: tuple[tuple[str, str], ...]) -> dict[str, float]:
+    from dsgpt.applications.run import WAYS
+
+    found = {}
+    for way, value in pairs:
+        try:
+            found[way] = float(value)
+        except ValueError:
+            raise click.UsageError(f"--rate {way}={value}: a number is needed") from None
+        if way not in WAYS:
+            raise click.UsageError(f"--rate {way}={value}: the ways are {', '.join(WAYS)}")
+    return found

@@ -106,7 +106,7 @@ def _answers(loaded: Loaded, options: dict[str, Any]) -> Result:
     report = evaluate_answers(loaded.model, loaded.tokenizer, questions, writer, options["batch_size"])
     rows = [
         {"answer": answer, "reference": question.answer, **{name: its[i] for name, its in report.scores.items()}}
-        | {"loss": None if math.isnan(loss) else loss, "tokens": tokens}
+        | {"loss": None if math.isnan(loss) else loss, "tokens": tokens, "group": question.group}
         for i, (question, answer, loss, tokens) in enumerate(
             zip(questions, report.answers, report.losses, report.reference_tokens, strict=True)
         )
@@ -129,8 +129,8 @@ def _choices(loaded: Loaded, options: dict[str, Any]) -> Result:
     questions, writer = _questions(loaded, options["choices"], options, 1)
     report = evaluate_choices(loaded.model, loaded.tokenizer, questions, writer, options["batch_size"])
     rows = [
-        {"choice": one, "answer": two, "loss": loss}
-        for one, two, loss in zip(report.chosen, report.answers, report.losses, strict=True)
+        {"choice": one, "answer": two, "loss": loss, "group": question.group}
+        for question, one, two, loss in zip(questions, report.chosen, report.answers, report.losses, strict=True)
     ]
     _write(options["output"], rows)
     accuracy, f1 = report.accuracy, report.macro_f1

@@ -17,7 +17,7 @@ import numpy as np
 
 from dsgpt.evaluate.likelihood import reference_losses
 from dsgpt.evaluate.metrics import Number, bootstrap, exact_match, mean, rouge, token_f1
-from dsgpt.evaluate.questions import PromptWriter, Question
+from dsgpt.evaluate.questions import PromptWriter, Question, groups_of
 from dsgpt.generate.sampling import Sampling
 from dsgpt.generate.text import Prompt, complete
 from dsgpt.tokenizer.tokenizer import Tokenizer
@@ -35,19 +35,21 @@ class AnswerReport:
     tokens: int  # that were generated
     losses: list[float]
     reference_tokens: list[int]
+    groups: list[str] | None = None
 
     @property
     def numbers(self) -> dict[str, Number]:
-        return {name: mean(values) for name, values in self.scores.items()}
+        return {name: mean(values, self.groups) for name, values in self.scores.items()}
 
     @property
     def perplexity(self) -> Number | None:
         """exp of the mean loss of a reference's token; None where all references are too long."""
-        measured = [pair for pair in zip(self.losses, self.reference_tokens, strict=True) if pair[1]]
+        measured = [place for place, count in enumerate(self.reference_tokens) if count]
         if not measured:
             return None
-        losses, tokens = np.array(measured).T
-        return bootstrap(lambda drawn: float(np.exp(losses[drawn].sum() / tokens[drawn].sum())), len(measured))
+        losses, tokens = np.array(self.losses)[measured], np.array(self.reference_tokens)[measured]
+        groups = self.groups and [self.groups[place] for place in measured]
+        return bootstrap(lambda drawn: float(np.exp(losses[drawn].sum() / tokens[drawn].sum())), len(measured), groups)
 
 
 def evaluate_answers(
@@ -56,7 +58,8 @@ def evaluate_answers(
     """Ask every question, and score what is said. Raises DataError as `PromptWriter.prompts`."""
     answers, tokens = write_answers(model, tokenizer, questions, writer, batch_size)
     scores = score([question.answer for question in questions], answers)
-    return AnswerReport(answers, scores, tokens, *reference_losses(model, questions, writer))
+    losses, reference_tokens = reference_losses(model, questions, writer)
+    return AnswerReport(answers, scores, tokens, losses, reference_tokens, groups_of(questions))
 
 
 def score(references: Sequence[str], answers: Sequence[str]) -> dict[str, list[float]]:

@@ -18,8 +18,8 @@ import numpy as np
 
 from dsgpt.errors import ConfigError
 from dsgpt.evaluate.likelihood import log_likelihoods
-from dsgpt.evaluate.metrics import Number, bootstrap, macro_f1, mean
-from dsgpt.evaluate.questions import PromptWriter, Question
+from dsgpt.evaluate.metrics import Number, bootstrap_within, macro_f1, mean
+from dsgpt.evaluate.questions import PromptWriter, Question, groups_of
 from dsgpt.tokenizer.tokenizer import Tokenizer
 
 
@@ -36,6 +36,7 @@ class ChoiceReport:
     losses: list[float]
     tokens: list[int]
     chance: float
+    groups: list[str] | None = None
 
     @property
     def correct(self) -> list[float]:
@@ -43,12 +44,12 @@ class ChoiceReport:
 
     @property
     def accuracy(self) -> Number:
-        return mean(self.correct)
+        return mean(self.correct, self.groups)
 
     @property
     def macro_f1(self) -> Number:
         answers, chosen = np.array(self.answers), np.array(self.chosen)
-        return bootstrap(lambda indices: macro_f1(answers[indices], chosen[indices]), len(answers))
+        return bootstrap_within(lambda indices: macro_f1(answers[indices], chosen[indices]), self.answers)
 
     @property
     def majority(self) -> float:
@@ -93,4 +94,4 @@ def evaluate_choices(
         report.losses.append(-sums[right])
         report.tokens.append(len(answers[right]))
         chances.append(1 / len(choices))
-    return ChoiceReport(report.chosen, report.answers, report.losses, report.tokens, float(np.mean(chances)))
+    return replace(report, chance=float(np.mean(chances)), groups=groups_of(questions))

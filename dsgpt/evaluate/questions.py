@@ -41,7 +41,8 @@ _SEPARATOR = "\n\n"  # between an instruction and its input, as chat_formats joi
 class Question:
     """`messages` come before the last one, whose text is `instruction` and `input`; `answer` is the reference.
 
-    `choices` are the answers to choose from, where the record gives such.
+    `choices` are the answers to choose from, where the record gives such; `group` is the document or conversation that it
+    says to be from.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -49,6 +50,7 @@ class Question:
     input: str
     answer: str
     choices: tuple[str, ...] = ()
+    group: str | None = None
 
     def asked(self, text: str) -> str:
         """The last message, with `text` as its input."""
@@ -87,7 +89,14 @@ def _question(record: dict[str, Any], item: Conversation | BadRecord, place: str
         raise DataError("choices are a list of texts", seen=f"{place}: {choices!r:.80}")
     if choices and answer["content"] not in choices:
         raise DataError("the answer is not among the choices", seen=f"{place}: {answer['content']!r:.80}")
-    return Question(tuple(before), instruction, given, answer["content"], tuple(choices))
+    group = None if record.get("group") is None else str(record["group"])
+    return Question(tuple(before), instruction, given, answer["content"], tuple(choices), group)
+
+
+def groups_of(questions: Sequence[Question]) -> list[str] | None:
+    """Of each question; None where one has none, so that each stands for itself."""
+    names = [one.group for one in questions if one.group is not None]
+    return names if questions and len(names) == len(questions) else None
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from dsgpt.applications import legal, news, support
-from dsgpt.applications.prepare import prepare
+from dsgpt.applications.prepare import chat_of, prepare
 from dsgpt.applications.records import Example, Shares, conversation, split_examples, task
 from dsgpt.cli import cli
 from dsgpt.errors import DataError
@@ -169,7 +169,7 @@ def test_what_is_prepared_fits_and_is_asked_whole(tokenizer, tmp_path):
         assert chat.num_tokens(messages) <= 97 and messages[1]["content"].startswith("It is")
         document = rows[int(messages[1]["content"][6:-1])]["document"].strip()
         cut += messages[0]["content"] != f"{news.SUMMARISE}\n\n{document}"
-    assert cut == summary["inputs_cut"]["articles"] > 0 and "cut to their lead" in told[0]
+    assert cut == summary["kinds"]["articles"]["cut"] > 0 and "cut to their lead" in told[0]
     whole = {row["summary"]: row["document"].strip() for row in rows}
     questions = read_questions(tmp_path / "out/test-articles.jsonl")
     assert questions and all(whole[one.answer] == one.input for one in questions)
@@ -210,7 +210,99 @@ def test_a_conversation_longer_than_a_sequence_is_divided_between_exchanges(toke
     whole = {name: said[: len(said) - len(said) % 2] for name, said in whole.items()}  # a last question has no answer
     assert all([text for part in parts for text in part] == whole[name] for name, parts in found.items())
     divided = sum(len(parts) > 1 for parts in found.values())
-    assert divided == summary["divided"]["dialogues"] > 0 and f"{divided} (" in told[0]
+    assert divided == summary["kinds"]["dialogues"]["divided"] > 0 and f"{divided} (" in told[0]
+
+
+def test_questions_come_in_random_order_with_their_group_and_whether_the_answer_was_taught(tokenizer, tmp_path):
+    faq = [
+        {"entity": f"Inn {i // 5}", "title": f"May I {i}?", "body": "Yes." if i % 2 else f"No, {i}."}
+        for i in range(200)
+    ]
+    summary = prepare("support", {"faq": [write(tmp_path / "f.jsonl", faq)]}, tmp_path / "out", tokenizer, 128,
+                      report=lambda _: None)["kinds"]["faq"]  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "out/test-faq.jsonl").read_text().splitlines()]
+    groups = [row["group"] for row in rows]
+    edges = [one for one, two in zip(groups, [None, *groups], strict=False) if one != two]
+    assert len(edges) == len(set(groups)) == summary["groups"], "those of a group are together"
+    assert edges != sorted(edges, key=lambda name: int(name.split()[1])), "not in the order of the file"
+    assert [row["seen"] for row in rows] == [row["messages"][-1]["content"] == "Yes." for row in rows]
+    assert summary["answers_seen"] == sum(row["seen"] for row in rows) > 0
+    assert summary["most_frequent_answer"] == "Yes." and summary["answer_tokens"] <= 8
+    assert {question.group for question in read_questions(tmp_path / "out/test-faq.jsonl")} == set(groups)
+
+
+def test_a_passage_beyond_the_lead_is_asked_for_but_not_trained_on(tokenizer, tmp_path):
+    rows = [{"title": f"C{i}", "context": " ".join(f"clause {j} of {i} says so." for j in range(60)), "question": f"No {j}?",
+             "answers": {"text": [f"clause {j} of {i} says so."]}} for i in range(40) for j in (0, 59)]  # fmt: skip
+    kinds = prepare("legal", {"contracts": [write(tmp_path / "c.jsonl", rows)]}, tmp_path / "out", tokenizer, 256,
+                    report=lambda _: None)["kinds"]["contracts"]  # fmt: skip
+    lines = [json.loads(line)["messages"] for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
+    assert all(answer["content"] in asked["content"] for asked, answer in lines)
+    assert kinds["beyond"] == kinds["train"] / 2 == len(lines) and kinds["test_beyond"] == kinds["test"] / 2
+    assert kinds["questions"] == kinds["test"]
+
+
+def test_conversations_are_written_by_the_models_own_template(dataset, tmp_path):
+    said = "'[INST] ' + m.content + ' [/INST]' if m.role == 'user' else m.content + eos_token"
+    own = f"{{% for m in messages %}}{{{{ {said} }}}}{{% endfor %}}"
+    folder = tmp_path / "tokenizer"
+    Tokenizer.load(dataset.parent / "tokenizer").save(folder)
+    (folder / "chat_template.jinja").write_text(own)
+    tokenizer = Tokenizer.load(folder)
+    messages = [{"role": "user", "content": "Hi"}]
+    assert "[INST] Hi [/INST]" in tokenizer.decode(chat_of(tokenizer).prompt(messages).ids)
+    plain = Tokenizer.load(dataset.parent / "tokenizer")
+    expected = Chat(plain, None if plain.chat_template else "chatml").prompt(messages).ids
+    assert chat_of(plain).prompt(messages).ids == expected
+
+
+@pytest.mark.parametrize(
+    "source, record, seen",
+    [
+        ("faq", {"question": "q", "answer": 3}, "answer: 3"),
+        ("dialogues", {"turns": [{"speaker": "USER", "utterance": ["a"]}]}, "utterance"),
+        ("dialogues", {"messages": [{"role": "user", "content": {"a": 1}}]}, "content"),
+        ("manuals", {"title": "t", "steps": "one text"}, "no manual"),
+    ],
+)
+def test_records_of_other_types_are_named(source, record, seen):
+    with pytest.raises(DataError, match=seen):
+        list(support.examples(source, [record]))
+
+
+def test_what_has_no_answer_is_left_out_and_counted(tokenizer, tmp_path):
+    faq = [{"question": f"May I {i}?", "answer": None if i % 10 == 0 else f"No, {i}."} for i in range(60)]
+    told = []
+    kinds = prepare("support", {"faq": [write(tmp_path / "f.jsonl", faq)]}, tmp_path / "out", tokenizer, 128,
+                    report=told.append)["kinds"]  # fmt: skip
+    assert kinds["faq"]["empty"] == 6 and "6 without an answer left out" in told[0]
+    assert "None" not in (tmp_path / "out/train.jsonl").read_text()
+
+
+def test_data_as_it_is_published_elsewhere():
+    columns = {"dialogue_id": "d", "turns": {"speaker": [0, 1], "utterance": ["Hello", "Hi"]}}
+    abcd = {"train": [{"convo_id": 1, "original": [["customer", "Hello"], ["agent", "Hi"]]}], "dev": [], "test": []}
+    for record in (columns, abcd):
+        (one,) = support.examples("dialogues", [record])
+        assert said(one) == [("user", "Hello"), ("assistant", "Hi")]
+    squad = {"data": [{"title": "C", "paragraphs": [{"context": "All of it.", "qas": [
+        {"question": "Who?", "answers": [{"text": "it"}]}, {"question": "When?", "answers": []}]}]}]}  # fmt: skip
+    (one,) = legal.examples("contracts", [squad])
+    assert one.record == task(f"{legal.FIND} Who?", "All of it.", "it") and one.document == "All of it."
+    (one,) = legal.examples("clauses", [{"index": 0, "text": "we may change it", "answer": "Unilateral change"}])
+    assert one.record["output"] == "Unilateral change"
+
+
+def test_a_copied_document_goes_with_all_its_questions_and_like_questions_of_others_stay():
+    asked = "Highlight the parts of this contract, if any, that a lawyer should look at when asked about its law"
+    texts = {name: " ".join(f"{name} word {i}" for i in range(50)) for name in "abcdefghijklmnopqrst"}
+    texts |= {f"{name}-again": text + " more" for name, text in texts.items()}
+    found = [Example("contracts", name, task(f"{asked} {n}", text, f"{name} law"), document=text)
+             for name, text in texts.items() for n in (1, 2)]  # fmt: skip
+    split = split_examples(found, Shares(0.2, 0.2), seed=1)
+    left = [one for side in (split.train, split.validation, split.test) for one in side]
+    assert len(left) == 40 and split.near_copies["contracts"] == 40
+    assert len({one.group.removesuffix("-again") for one in left}) == 20
 
 
 def test_the_command_names_what_it_does_not_know(tokenizer, dataset, tmp_path):
@@ -219,10 +311,14 @@ def test_the_command_names_what_it_does_not_know(tokenizer, dataset, tmp_path):
         words += ["--seq-length", 64, "--output", tmp_path / "out"]
         return CliRunner().invoke(cli, [str(word) for word in words])
 
-    path = write(tmp_path / "a.jsonl", [{"document": f"d {i}", "summary": "s"} for i in range(9)])
+    path = write(tmp_path / "a.jsonl", [{"document": f"d {i}", "summary": "s"} for i in range(30)])
     assert run("--source", f"articles={path}").exit_code == 0
+    few = run("--source", f"articles={write(tmp_path / 'few.jsonl', [{'document': 'd', 'summary': 's'}])}")
+    assert isinstance(few.exception, DataError) and "a side would have no example" in str(few.exception)
+    limited = run("--source", f"articles={path}", "--limit", "article=3")
+    assert isinstance(limited.exception, DataError) and "limit one of articles" in str(limited.exception)
     wrong = run("--source", f"books={path}")
-    assert isinstance(wrong.exception, DataError) and "articles (" in str(wrong.exception)
+    assert isinstance(wrong.exception, DataError) and "articles with their summaries" in str(wrong.exception)
     assert isinstance(run().exception, DataError)
     assert run("--source", "articles").exit_code == 2
 
@@ -235,6 +331,7 @@ def test_real_data_of_the_same_schemas_is_read_whole(name, tokenizer, tmp_path):
     sources, kinds = REAL[name]
     places = {key: [str(SHARED / one) for one in files] for key, files in sources.items()}
     summary = prepare(name, places, tmp_path, tokenizer, 1024, report=lambda _: None)
-    assert {kind: sum(counts.values()) for kind, counts in summary["kinds"].items()} == kinds
+    sides = ("train", "validation", "test", "near_copies", "empty")
+    assert {kind: sum(counts[side] for side in sides) for kind, counts in summary["kinds"].items()} == kinds
     for kind in kinds:
         assert read_questions(tmp_path / f"test-{kind}.jsonl")

@@ -24,10 +24,15 @@ RESULT = {
     "application": "support",
     "unigram_entropy": 3.5,
     "data": {
-        "kinds": {"faq": {"train": 10, "validation": 1, "test": 2, "near_copies": 3}},
-        "inputs_cut": {"faq": 5},
-        "divided": {},
+        "seed": 7,
+        "kinds": {
+            "faq": {"train": 10, "validation": 1, "test": 2, "near_copies": 3, "empty": 0, "cut": 5, "divided": 0,
+                    "beyond": 0, "test_beyond": 2, "unknown_answers": 0, "answers_seen": 1, "questions": 3, "groups": 2},
+            "intents": {"train": 9, "validation": 1, "test": 2, "near_copies": 0, "empty": 4, "cut": 0, "divided": 0,
+                        "beyond": 0, "test_beyond": 0, "unknown_answers": 0, "answers_seen": 0, "questions": 2, "groups": 2},
+        },
     },
+    "base": "a-model",
     "ways": {
         way: {
             "loss": loss,
@@ -54,11 +59,17 @@ def test_the_tables_show_each_number_under_its_heading():
     assert (cells["held-out loss"], cells["perplexity"], cells["general text"]) == ("3.000", "20.1", "2.000")
     assert (cells["trained"], cells["memory"]) == ("1K", "1.0 GiB") and rows[0][-1] == ""
     scores = {"untuned": [0.1, 0.2, 0.3], "last_blocks": [0.2, 0.3, 0.4], "full": [0.5, 0.6, 0.7]}
-    said = {way: [{"rougeL": value} for value in side] for way, side in scores.items()}
+    said = {way: [{"rougeL": value, "group": "a"} for value in side] for way, side in scores.items()}
     title, headings, rows = tables.kind_table(RESULT, "faq", said)
-    assert title == "faq, 3 questions" and headings == ["", "ROUGE-L", "minus untuned", "token F1", "perplexity"]
+    assert title == "faq: 3 questions of 1 groups" and headings == [
+        "",
+        "ROUGE-L",
+        "minus untuned",
+        "token F1",
+        "perplexity",
+    ]
     assert rows[0][1:3] == ["0.300 [0.200, 0.400]", ""] and rows[2][2].startswith("0.400 [0.400") and len(rows) == 3
-    chosen = {way: [{"choice": "a", "answer": "a"}, {"choice": "b", "answer": "a"}] for way in said}
+    chosen = {way: [{"choice": one, "answer": "a", "group": None} for one in "ab"] for way in said}
     _, headings, rows = tables.kind_table(RESULT, "intents", chosen)
     assert headings[1:] == ["accuracy", "minus untuned", "macro-F1"] and rows[1][2].startswith("0.000")
     assert rows[3] == ["by chance", "0.100", "", ""] and rows[4] == ["most frequent", "0.200", "", "0.030"]
@@ -67,8 +78,14 @@ def test_the_tables_show_each_number_under_its_heading():
     assert rows[0][1:] == ["3.040 *", "3.000", "3.200", "1: within 0.05 of the best"]
     assert rows[1][-1] == "3: NOT within 0.05 of the best", "counted as the 2 that it is nearest to"
     text = "\n".join(tables.facts(RESULT))
-    assert "5 inputs (50%) cut" in text and "faq: 1 of 3 questions (33%) are longer" in text
-    assert "3.500 nats" in text and "intents:" not in text
+    assert "5 (50%) cut to their lead" in text and "faq: 1 of 3 questions (33%) are longer" in text
+    assert "3.500 nats" in text and "1 test answers stand word for word" in text and "2 have a passage beyond" in text
+    assert (
+        "intents: 9 to train on" in text and "4 without an answer left out" in text and "seed 7; base a-model" in text
+    )
+    told = tables.seen_line("faq", said["full"], [True, False, True], "rougeL")
+    assert told.endswith("ROUGE-L where the answer stands in the training data 0.600 (2), else 0.600 (1)")
+    assert tables.seen_line("faq", said["full"], [True] * 3, "rougeL") is None
     shown = tables.markdown(("a title", ["", "x"], [["one", "1"]]))
     assert shown == "**a title**\n\n|  | x |\n| --- | --- |\n| one | 1 |\n"
 

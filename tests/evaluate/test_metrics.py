@@ -8,6 +8,7 @@ import pytest
 from dsgpt.evaluate.choices import ChoiceReport
 from dsgpt.evaluate.metrics import (
     bootstrap,
+    bootstrap_within,
     exact_match,
     macro_f1,
     mean,
@@ -80,3 +81,24 @@ def test_differences_are_of_the_same_questions():
     ours, theirs = np.arange(20) + 0.5, np.arange(20)
     found = mean_difference(ours, theirs)
     assert found.value == found.low == found.high == 0.5
+
+
+def test_groups_are_drawn_whole_and_questions_of_one_group_are_no_more_than_one():
+    """Ten groups whose questions all say the same: the interval is that of ten numbers, however many questions each has."""
+    values = np.random.default_rng(3).normal(size=10)
+    alone = mean(values)
+    repeated = mean(np.repeat(values, 7), groups=[f"g{i}" for i in range(10) for _ in range(7)])
+    assert (repeated.value, repeated.low, repeated.high) == pytest.approx(
+        (alone.value, alone.low, alone.high), abs=0.15
+    )
+    blind = mean(np.repeat(values, 7))
+    assert blind.high - blind.low < 0.6 * (repeated.high - repeated.low)
+
+
+def test_the_interval_of_macro_f1_of_the_majority_is_a_point():
+    answers = ["Other"] * 95 + ["a", "a", "b", "c", "d"]
+    always = ChoiceReport(["Other"] * 100, answers, [1.0] * 100, [1] * 100, 0.2)
+    found = always.macro_f1
+    assert found.low == found.high == found.value == pytest.approx(always.majority_macro_f1)
+    drawn = bootstrap_within(lambda indices: float(len(indices)), answers)
+    assert (drawn.low, drawn.high) == (100, 100)
