@@ -179,7 +179,6 @@ class Comparison:
             "training.seq_length": self._length,
             "data.train": [{"path": str(self.folder / data)}],
             "data.validation": [{"path": str(self.folder / "validation")}],
-            "fine_tuning.num_last_blocks": None,
             **changes,
         }
         if settings["model.init_from"] == "scratch":
