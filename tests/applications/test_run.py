@@ -8,11 +8,15 @@ import sys
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from dsgpt.applications import tables
-from dsgpt.applications.run import unigram_entropy
+from dsgpt.applications.run import Comparison, unigram_entropy
+from dsgpt.cli import cli
+from dsgpt.commands import fingerprint, keep_options
 from dsgpt.data.dataset import IGNORED, read_samples
 from dsgpt.data.packing import open_chat
+from dsgpt.errors import ConfigError
 from tests.applications.test_prepare import REAL, SHARED, real_data, write
 
 
@@ -90,6 +94,30 @@ def test_the_tables_show_each_number_under_its_heading():
     assert shown == "**a title**\n\n|  | x |\n| --- | --- |\n| one | 1 |\n"
 
 
+def test_a_folder_keeps_what_its_results_come_from(tmp_path):
+    text, kept = tmp_path / "text.jsonl", tmp_path / "options.json"
+    text.write_text("one\n")
+    options = {
+        "base": fingerprint("hf:a/b"),
+        "texts": [fingerprint(str(tmp_path / "text.jsonl"))],
+        "rates": {"full": 1e-4},
+    }
+    keep_options(kept, options, "again")
+    keep_options(kept, options, "again")
+    with pytest.raises(ConfigError, match="rates: .*now {}"):
+        keep_options(kept, {**options, "rates": {}}, "again")
+    text.write_text("two, and more\n")
+    with pytest.raises(ConfigError, match="texts"):
+        keep_options(kept, {**options, "texts": [fingerprint(str(text))]}, "again")
+
+
+def test_rates_are_of_ways():
+    words = ["application", "run", "news", "--source", "articles=x", "--base", "y", "--output-dir", "z", "--rate"]
+    for rate, seen in (("full=fast", "a number is needed"), ("all=1e-4", "the ways are last_blocks")):
+        done = CliRunner().invoke(cli, [*words, rate])
+        assert done.exit_code == 2 and seen in done.output
+
+
 def articles(count):
     """Each summary can be told from the article's first words."""
     return [{"document": f"City {i % 9} grows. It is said that number {i} matters. " * 3, "summary": f"City {i % 9} grows."}
@@ -135,6 +163,8 @@ def test_ways_are_trained_evaluated_and_shown_and_a_second_call_does_nothing_aga
     assert unigram_entropy(tmp_path / "out/test", 256) == pytest.approx(-(shares * np.log(shares)).sum())
     second = run()
     assert "$ dsgpt" not in second and second.strip() in first
+    with pytest.raises(ConfigError, match="samples: 5, now 6"):
+        Comparison("news", {"articles": [path]}, str(model_folder), tmp_path / "out", samples=6).run()
 
 
 @pytest.mark.slow
