@@ -104,7 +104,7 @@ def test_a_folder_keeps_what_its_results_come_from(tmp_path):
     }
     keep_options(kept, options, "again")
     keep_options(kept, options, "again")
-    with pytest.raises(ConfigError, match="rates: .*now {}"):
+    with pytest.raises(ConfigError, match="rates"):
         keep_options(kept, {**options, "rates": {}}, "again")
     text.write_text("two, and more\n")
     with pytest.raises(ConfigError, match="texts"):
