@@ -39,11 +39,7 @@ from dsgpt.train.state import read_metrics
 
 UNTUNED = "untuned"
 WAYS: dict[str, dict[str, Any]] = {
-    "last_blocks": {
-        "fine_tuning.train": "last_blocks",
-        "fine_tuning.num_last_blocks": 2,
-        "optimizer.learning_rate": 5e-4,
-    },
+    "last_blocks": {"fine_tuning.train": "last_blocks", "optimizer.learning_rate": 5e-4},
     "lora": {"fine_tuning.train": "lora", "optimizer.learning_rate": 4e-3},
     "full": {"fine_tuning.train": "all", "optimizer.learning_rate": 1e-3},
     "scratch": {"fine_tuning.train": "all", "model.init_from": "scratch", "optimizer.learning_rate": 2e-3},
@@ -73,6 +69,7 @@ class Comparison:
     samples: int | None = None
     max_new_tokens: int | None = None
     seq_length: int | None = None
+    last_blocks: int = 2
     long_input: str = "lead"
     general: Path | None = None  # a prepared dataset of general text, to see what is forgotten
     grid: bool = True
@@ -89,6 +86,7 @@ class Comparison:
         result = {
             "application": self.name,
             "base": self.base,
+            "last_blocks": self.last_blocks,
             "data": self._summary,
             "unigram_entropy": unigram_entropy(self.folder / "test", self._length),
             "ways": ways,
@@ -160,13 +158,16 @@ class Comparison:
         if way == UNTUNED:
             model, cost = self.base, dict[str, Any]()
         else:
-            model = str(self._train(way, "data", WAYS[way]))
+            model = str(self._train(way, "data", WAYS[way] | self._blocks(way)))
             cost = self._cost(Path(model))
         row = {"loss": self._loss(model), **cost, "kinds": dict(self._measure(way, model))}
         if self.general is not None:
             row["general_loss"] = self._loss(model, self.general, _held_out_split(self.general))
         self._record(record, row)
         return row
+
+    def _blocks(self, way: str) -> dict[str, Any]:
+        return {"fine_tuning.num_last_blocks": self.last_blocks} if way == "last_blocks" else {}
 
     def _train(self, name: str, data: str, changes: Mapping[str, Any], last: Mapping[str, Any] | None = None) -> Path:
         """`last` are settings that the user's own do not change."""
@@ -266,7 +267,7 @@ class Comparison:
             for number in self.numbers:
                 name = f"last-{number}-of-{data}"
                 record = self.folder / f"{name}.json"
-                if data == "data" and number == usual["fine_tuning.num_last_blocks"]:
+                if data == "data" and number == self.last_blocks:
                     self._record(record, {"loss": ways["last_blocks"]["loss"]})
                 elif not record.exists():
                     changes = {**usual, "fine_tuning.num_last_blocks": number, **self._rate}

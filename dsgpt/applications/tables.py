@@ -15,7 +15,6 @@ from dsgpt.units import format_bytes, format_count
 WITHIN = 0.05  # nats: so near to the best number of blocks a choice is right
 _LABELS = {
     "untuned": "untuned",
-    "last_blocks": "last 2 blocks",
     "lora": "LoRA",
     "full": "all weights",
     "scratch": "from scratch",
@@ -46,10 +45,14 @@ def ways_table(result: Mapping[str, Any]) -> Table:
     headings += ["trained", "tokens/s", "memory"]
     rows = []
     for way, row in result["ways"].items():
-        cells = [_LABELS[way], f"{row['loss']:.3f}", f"{math.exp(row['loss']):.1f}"]
+        cells = [_label(result, way), f"{row['loss']:.3f}", f"{math.exp(row['loss']):.1f}"]
         cells += [f"{row['general_loss']:.3f}"] if has_general else []
         rows.append([*cells, *_cost(row)])
     return f"{result['application']}: ways of training", headings, rows
+
+
+def _label(result: Mapping[str, Any], way: str) -> str:
+    return f"last {result['last_blocks']} blocks" if way == "last_blocks" else _LABELS[way]
 
 
 def _cost(row: Mapping[str, Any]) -> list[str]:
@@ -72,7 +75,7 @@ def kind_table(result: Mapping[str, Any], kind: str, said: Mapping[str, Lines]) 
         numbers = row["kinds"][kind]
         gain = "" if way == "untuned" else str(_gain(said[way], said["untuned"], main))
         cells = [_number(numbers[name]) if name in numbers else "" for name in (main, *others)]
-        rows.append([_LABELS[way], cells[0], gain, *cells[1:]])
+        rows.append([_label(result, way), cells[0], gain, *cells[1:]])
     for name, numbers in result.get("baselines", {}).get(kind, {}).items():
         cells = [_number(numbers[metric]) if metric in numbers else "" for metric in of.METRICS[kind]]
         rows.append([name, cells[0], "", *cells[1:]])

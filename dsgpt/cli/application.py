@@ -103,6 +103,9 @@ def base(texts: tuple[str, ...], output_dir: Path, vocab_size: int, overrides: t
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of the run config, for all ways.")
 @click.option("--rate", "rates", multiple=True, type=Pair(),
               help="WAY=RATE: learning rate of last_blocks, lora, full or scratch.")  # fmt: skip
+@click.option(
+    "--last-blocks", default=2, show_default=True, type=click.IntRange(1), help="So many in the way of that name."
+)
 @click.option("--seed", default=1234, show_default=True, help="Decides what is held out, and of every training.")
 def run(
     name: str,
@@ -118,6 +121,7 @@ def run(
     no_grid: bool,
     overrides: tuple[str, ...],
     rates: tuple[tuple[str, str], ...],
+    last_blocks: int,
     seed: int,
 ) -> None:
     """Tune a model in several ways on one application, evaluate each, and print what was reached.
@@ -128,7 +132,7 @@ def run(
 
     comparison = Comparison(
         name, _by_key(sources), base, output_dir, _numbers(limits), overrides, _rates(rates), samples, max_new_tokens,
-        seq_length, long_input, general, not no_grid, seed,
+        seq_length, last_blocks, long_input, general, not no_grid, seed,
     )  # fmt: skip
     _print(comparison.run(), output_dir)
 

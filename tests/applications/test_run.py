@@ -37,6 +37,7 @@ RESULT = {
         },
     },
     "base": "a-model",
+    "last_blocks": 2,
     "ways": {
         way: {
             "loss": loss,
