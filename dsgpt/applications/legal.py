@@ -35,7 +35,7 @@ CHOSEN = ("clauses",)  # by likelihood; the other kinds are answered
 METRICS = {
     "summaries": ("rougeL", "rouge1", "rouge2"),
     "contracts": ("token_f1", "exact_match", "rougeL"),
-    "clauses": ("accuracy", "macro_f1"),
+    "clauses": ("accuracy", "macro_f1", "accuracy_pmi", "macro_f1_pmi"),
 }
 
 

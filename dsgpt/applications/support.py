@@ -34,7 +34,7 @@ METRICS = {
     "dialogues": ("rougeL", "token_f1", "perplexity"),
     "faq": ("rougeL", "token_f1", "perplexity"),
     "manuals": ("rougeL", "token_f1", "perplexity"),
-    "intents": ("accuracy", "macro_f1"),
+    "intents": ("accuracy_pmi", "macro_f1_pmi", "accuracy", "macro_f1"),
 }
 
 

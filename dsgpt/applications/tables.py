@@ -27,6 +27,8 @@ _SHORTENED = {
 _HEADINGS = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
+    "accuracy_pmi": "accuracy, PMI",
+    "macro_f1_pmi": "macro-F1, PMI",
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
@@ -34,6 +36,7 @@ _HEADINGS = {
     "exact_match": "exact match",
     "perplexity": "perplexity",
 }
+_CHOICES = {"accuracy": "choice", "accuracy_pmi": "choice_pmi"}
 Lines = Sequence[Mapping[str, Any]]
 Table = tuple[str, list[str], list[list[str]]]  # title, headings, rows
 
@@ -96,8 +99,8 @@ def _gain(ours: Lines, theirs: Lines, metric: str) -> Number:
 
 def _each(lines: Lines, metric: str) -> list[float]:
     """One number a question."""
-    if metric == "accuracy":
-        return [float(line["choice"] == line["answer"]) for line in lines]
+    if metric in _CHOICES:
+        return [float(line[_CHOICES[metric]] == line["answer"]) for line in lines]
     return [line[metric] for line in lines]
 
 

@@ -129,19 +129,25 @@ def _choices(loaded: Loaded, options: dict[str, Any]) -> Result:
     questions, writer = _questions(loaded, options["choices"], options, 1)
     report = evaluate_choices(loaded.model, loaded.tokenizer, questions, writer, options["batch_size"])
     rows = [
-        {"choice": one, "answer": two, "loss": loss, "group": question.group}
-        for question, one, two, loss in zip(questions, report.chosen, report.answers, report.losses, strict=True)
+        {"choice": one, "choice_pmi": pmi, "answer": two, "loss": loss, "group": question.group}
+        for question, one, pmi, two, loss in zip(
+            questions, report.chosen, report.chosen_pmi, report.answers, report.losses, strict=True
+        )
     ]
     _write(options["output"], rows)
     accuracy, f1 = report.accuracy, report.macro_f1
+    accuracy_pmi, f1_pmi = report.accuracy_pmi, report.macro_f1_pmi
     lines = [
         ("accuracy", f"{accuracy}; by chance {report.chance:.3f}, the most frequent always {report.majority:.3f}"),
         ("macro-F1", f"{f1}; the most frequent always {report.majority_macro_f1:.3f}"),
+        ("accuracy, PMI", f"{accuracy_pmi}; by how much the input makes a choice likelier"),
+        ("macro-F1, PMI", f"{f1_pmi}"),
         ("loss", f"{report.loss:.4f} nats per token of the right answer"),
         ("questions", str(len(questions))),
         ("long inputs", writer.told()),
     ]
     found = {"accuracy": vars(accuracy), "macro_f1": vars(f1), "chance": report.chance, "majority": report.majority}
+    found |= {"accuracy_pmi": vars(accuracy_pmi), "macro_f1_pmi": vars(f1_pmi)}
     found |= {"majority_macro_f1": report.majority_macro_f1, "loss": report.loss}
     return lines, {**found, "questions": len(questions), "long_inputs": dict(writer.counts)}
 

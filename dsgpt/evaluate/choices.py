@@ -4,14 +4,17 @@
     report.accuracy, report.macro_f1, report.majority
 
 The likelihood of a choice is that of all its tokens after the prompt and of the end of the turn, as the model was taught
-them: what it would say, of all it could say. A question is read once; its choices continue from the same keys and values.
+them: what it would say, of all it could say. Beside it stands the choice by pointwise mutual information: by how much the
+input makes it likelier than the question without input does (Holtzman et al. 2021, "Surface Form Competition", section 3),
+because a weak model prefers some answers whatever is asked. A question is read once; its choices continue from the same keys
+and values.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,8 @@ from dsgpt.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ChoiceReport:
-    """`chosen` and `answers` are texts, `losses` the nats of each right answer and `tokens` how many tokens those have.
+    """`chosen` (by likelihood), `chosen_pmi` and `answers` are texts, `losses` the nats of each right answer and `tokens` how
+    many tokens those have.
 
     `chance` is the accuracy of guessing among the choices, `majority` that of always giving the most frequent answer of
     this file, and `majority_macro_f1` its macro-F1.
@@ -37,19 +41,30 @@ class ChoiceReport:
     tokens: list[int]
     chance: float
     groups: list[str] | None = None
-
-    @property
-    def correct(self) -> list[float]:
-        return [float(one == two) for one, two in zip(self.chosen, self.answers, strict=True)]
+    chosen_pmi: list[str] = field(default_factory=list)
 
     @property
     def accuracy(self) -> Number:
-        return mean(self.correct, self.groups)
+        return self._accuracy(self.chosen)
+
+    @property
+    def accuracy_pmi(self) -> Number:
+        return self._accuracy(self.chosen_pmi)
 
     @property
     def macro_f1(self) -> Number:
-        answers, chosen = np.array(self.answers), np.array(self.chosen)
-        return bootstrap_within(lambda indices: macro_f1(answers[indices], chosen[indices]), self.answers)
+        return self._macro_f1(self.chosen)
+
+    @property
+    def macro_f1_pmi(self) -> Number:
+        return self._macro_f1(self.chosen_pmi)
+
+    def _accuracy(self, chosen: list[str]) -> Number:
+        return mean([float(one == two) for one, two in zip(chosen, self.answers, strict=True)], self.groups)
+
+    def _macro_f1(self, chosen: list[str]) -> Number:
+        answers, found = np.array(self.answers), np.array(chosen)
+        return bootstrap_within(lambda indices: macro_f1(answers[indices], found[indices]), self.answers)
 
     @property
     def majority(self) -> float:
@@ -78,20 +93,31 @@ def evaluate_choices(
     everything = sorted({question.answer for question in questions})
     report = ChoiceReport([], [], [], [], 0.0)
     chances = []
-    taught: dict[tuple[str, ...], tuple[int, list[list[int]]]] = {}  # the same after every question
+    known: dict[tuple[str, ...], tuple[int, list[list[int]], np.ndarray]] = {}  # the same after every question
     for question in questions:
         choices = list(question.choices) or everything
-        key = tuple(choices)
-        if key not in taught:
-            taught[key] = writer.continuations(replace(question, messages=(), input="x"), choices)
-        shared, answers = taught[key]
+        key = (question.instruction, *choices)
+        if key not in known:
+            known[key] = _without_input(model, question, choices, writer, batch_size)
+        shared, answers, prior = known[key]
         writer.room = max(map(len, answers))
         ids = writer.prompts(question)[0].ids
-        sums = log_likelihoods(model, ids[: len(ids) - shared], answers, batch_size)
+        sums = np.array(log_likelihoods(model, ids[: len(ids) - shared], answers, batch_size))
         right = choices.index(question.answer)
-        report.chosen.append(choices[int(np.argmax(sums))])
+        report.chosen.append(choices[int(sums.argmax())])
+        report.chosen_pmi.append(choices[int((sums - prior).argmax())])
         report.answers.append(question.answer)
-        report.losses.append(-sums[right])
+        report.losses.append(-float(sums[right]))
         report.tokens.append(len(answers[right]))
         chances.append(1 / len(choices))
     return replace(report, chance=float(np.mean(chances)), groups=groups_of(questions))
+
+
+def _without_input(
+    model: Any, question: Question, choices: list[str], writer: PromptWriter, batch_size: int
+) -> tuple[int, list[list[int]], np.ndarray]:
+    """How the choices continue a prompt (`PromptWriter.continuations`), and their nats where there is no input."""
+    asked = replace(question, messages=(), input="" if question.instruction else "?")
+    shared, answers = writer.continuations(replace(asked, input="x"), choices)
+    alone = writer.write(asked, asked.input).ids
+    return shared, answers, np.array(log_likelihoods(model, alone[: len(alone) - shared], answers, batch_size))

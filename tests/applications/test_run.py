@@ -45,13 +45,14 @@ RESULT = {
             "kinds": {
                 "faq": {"rougeL": interval(0.3), "token_f1": interval(0.2), "perplexity": interval(9.0), "questions": 3,
                         "long_inputs": {"asked": 3, "cut": 1}},
-                "intents": {"accuracy": interval(0.5), "macro_f1": interval(0.4), "questions": 2, "long_inputs": {"asked": 2}},
+                "intents": {"accuracy": interval(0.5), "macro_f1": interval(0.4), "accuracy_pmi": interval(0.6),
+                            "macro_f1_pmi": interval(0.7), "questions": 2, "long_inputs": {"asked": 2}},
             },
             **({} if way == "untuned" else {"trained": 1000, "tokens_per_second": 2000.0, "peak_memory_bytes": 1 << 30}),
         }
         for way, loss in (("untuned", 5.0), ("last_blocks", 3.0), ("full", 2.5))
     },
-    "baselines": {"faq": {}, "intents": {"by chance": {"accuracy": {"value": 0.1}},
+    "baselines": {"faq": {}, "intents": {"by chance": {"accuracy_pmi": {"value": 0.1}},
                                          "most frequent": {"accuracy": {"value": 0.2}, "macro_f1": {"value": 0.03}}}},
     "cells": {"1 of 10%": 3.04, "2 of 10%": 3.0, "6 of 10%": 3.2, "1 of 100%": 2.9, "2 of 100%": 2.7, "6 of 100%": 2.5},
     "chosen": {"10%": 1, "100%": 3},
@@ -74,10 +75,12 @@ def test_the_tables_show_each_number_under_its_heading():
         "perplexity",
     ]
     assert rows[0][1:3] == ["0.300 [0.200, 0.400]", ""] and rows[2][2].startswith("0.400 [0.400") and len(rows) == 3
-    chosen = {way: [{"choice": one, "answer": "a", "group": None} for one in "ab"] for way in said}
+    chosen = {way: [{"choice_pmi": one, "answer": "a", "group": None} for one in "ab"] for way in said}
     _, headings, rows = tables.kind_table(RESULT, "intents", chosen)
-    assert headings[1:] == ["accuracy", "minus untuned", "macro-F1"] and rows[1][2].startswith("0.000")
-    assert rows[3] == ["by chance", "0.100", "", ""] and rows[4] == ["most frequent", "0.200", "", "0.030"]
+    assert headings[1:] == ["accuracy, PMI", "minus untuned", "macro-F1, PMI", "accuracy", "macro-F1"]
+    assert rows[1][1].startswith("0.600") and rows[1][2].startswith("0.000") and rows[1][4].startswith("0.500")
+    assert rows[3] == ["by chance", "0.100", "", "", "", ""]
+    assert rows[4] == ["most frequent", "", "", "", "0.200", "0.030"]
     _, headings, rows = tables.cells_table(RESULT)
     assert headings == ["of the data", "last 1", "last 2", "last 6", "auto"]
     assert rows[0][1:] == ["3.040 *", "3.000", "3.200", "1: within 0.05 of the best"]

@@ -94,6 +94,14 @@ def test_the_likeliest_choice_is_taken_of_the_records_or_of_the_files_answers(lo
         prompt = writer.prompts(question)[0]
         scores = {one: one_pass(loaded.model, prompt.ids, taught(loaded, question, one, prompt)) for one in labels}
         assert chosen == max(scores, key=scores.get) and loss == pytest.approx(-scores[question.answer], abs=1e-4)
+    alone = writer.write(questions[0], "")
+    prior = {one: one_pass(loaded.model, alone.ids, taught(loaded, questions[0], one, writer.prompts(questions[0])[0]))
+             for one in labels}  # fmt: skip
+    gains = {one: scores[one] - prior[one] for one in labels}
+    assert report.chosen_pmi[-1] == max(gains, key=gains.get)
+    assert len(report.chosen_pmi) == 7 and report.accuracy_pmi.value == pytest.approx(
+        sum(one == two for one, two in zip(report.chosen_pmi, report.answers, strict=True)) / 7
+    )
     for record in records:
         record["choices"] = ["x", record["output"]] if record["output"] != "x" else ["x"]
     own = evaluate_choices(loaded.model, loaded.tokenizer, read_questions(write(tmp_path / "c.jsonl", records)), writer)
