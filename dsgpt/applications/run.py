@@ -226,9 +226,14 @@ class Comparison:
     def _baselines(self, kind: str, found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """What needs no training: chance and the most frequent class or answer; the first sentences of an article."""
         if kind in application(self.name).CHOSEN:
-            majority = {"accuracy": found["majority"], "macro_f1": found["majority_macro_f1"]}
-            given = {"by chance": {"accuracy": found["chance"]}, "most frequent": majority}
-            return {name: {key: {"value": value} for key, value in numbers.items()} for name, numbers in given.items()}
+            known = {
+                "by chance": {"accuracy": found["chance"]},
+                "most frequent": {"accuracy": found["majority"], "macro_f1": found["majority_macro_f1"]},
+            }
+            return {  # the same however one chooses
+                name: {f"{metric}{by}": {"value": value} for metric, value in numbers.items() for by in ("", "_pmi")}
+                for name, numbers in known.items()
+            }
         questions = read_questions(self._data / f"test-{kind}.jsonl", self.samples)
         frequent = self._summary["kinds"][kind].get("most_frequent_answer", "")
         answers = {"most frequent": [frequent] * len(questions)}
