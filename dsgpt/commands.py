@@ -70,9 +70,7 @@ def keep_options(path: Path, options: Mapping[str, Any], again: str) -> None:
     """Write what a folder's results come from, once. Raises ConfigError where they come from something else."""
     options = json.loads(json.dumps(options))
     if not path.exists():
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(options, indent=2) + "\n")
         return
     earlier = json.loads(path.read_text("utf-8"))
     changed = sorted(key for key in options.keys() | earlier.keys() if options.get(key) != earlier.get(key))
@@ -82,6 +80,13 @@ def keep_options(path: Path, options: Mapping[str, Any], again: str) -> None:
             seen="; ".join(f"{key}: {earlier.get(key)!r:.100}, now {options.get(key)!r:.100}" for key in changed),
             do=f"another --output-dir, or the options that it was begun with: {again}",
         )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Through a second name: a killed call leaves no half file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def fingerprint(place: str) -> Any:

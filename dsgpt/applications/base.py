@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dsgpt.applications.prepare import write_text
-from dsgpt.commands import Commands, fingerprint, keep_options
+from dsgpt.commands import Commands, fingerprint, keep_options, write_text
 from dsgpt.data.chat_template import CHATML
 
 VOCAB_SIZE = 4096

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from dsgpt.applications.records import Example, Shares, Split, place_of, split_examples, stretches
+from dsgpt.commands import write_text
 from dsgpt.data.sources import BadLine, Piece, extent_of, find_sources, read_records
 from dsgpt.errors import DataError
 from dsgpt.evaluate.metrics import normalise
@@ -232,10 +232,3 @@ def _questions(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Through a second name: a killed call leaves no half file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from dsgpt.applications.news import lead
-from dsgpt.applications.prepare import SUMMARY, application, write_text
+from dsgpt.applications.prepare import SUMMARY, application
 from dsgpt.checkpoint.weights import ModelLocation, find_model, read_model_config
-from dsgpt.commands import Commands, fingerprint, keep_options
+from dsgpt.commands import Commands, fingerprint, keep_options, write_text
 from dsgpt.config.model import HFModelConfig, ModelConfig
 from dsgpt.data.dataset import IGNORED, read_samples
 from dsgpt.data.packing import open_chat
