@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,8 +65,18 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     pool.close_all()
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist, whose summary is nowhere to be read
+        session.config.workeroutput["left_out"] = dict(_left_out)
     if session.config.getoption("--must-run") and not _ran:
         session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every process of pytest-xdist collects all tests, so that the last one's counts are as good as any."""
+    if left_out := getattr(node, "workeroutput", {}).get("left_out"):
+        _left_out.clear()
+        _left_out.update(left_out)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
