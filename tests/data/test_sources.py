@@ -99,8 +99,9 @@ def test_no_input_is_a_problem(tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_entered_is_named_and_not_passed_over(tmp_path: Path) -> None:
     write(tmp_path, "in/a.txt", "in/locked/b.txt")
     (tmp_path / "in" / "locked").chmod(0)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        if folder.stat().st_mode & 0o005 != 0o005:
+            folder.chmod(0o755)
     code = (
         "import os, sys; from dsgpt.data.sources import find_sources\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
