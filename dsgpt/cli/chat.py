@@ -49,7 +49,7 @@ def chat(
     talk = Chat(loaded.tokenizer, template)
     begin = [{"role": "system", "content": system}] if system else []
     messages = list(begin)
-    if sys.stdin.isatty():
+    if _typed():
         click.echo(_HELP, err=True)
     for line in _lines():
         if line == "/reset":
@@ -57,19 +57,22 @@ def chat(
         elif line.startswith("/"):
             click.echo(_HELP, err=True)
         elif line:
-            messages.append({"role": "user", "content": line})
-            answer = _answer(loaded, _fitting(talk, messages, len(begin), loaded, chosen), chosen)
-            if answer.strip():
-                messages.append({"role": "assistant", "content": answer})
-            else:
-                messages.pop()  # as if it had not been asked
+            asked = [*messages, {"role": "user", "content": line}]
+            answer = _answer(loaded, _fitting(talk, asked, len(begin), loaded, chosen), chosen)
+            if answer.strip():  # else as if it had not been asked
+                messages = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _typed() -> bool:
+    """Whether a person types here; what is piped in is read as it is."""
+    return sys.stdin.isatty()
 
 
 def _lines() -> Iterator[str]:
     """What is typed, until /exit or the end."""
     while True:
         try:
-            if sys.stdin.isatty():
+            if _typed():
                 line = input("> ")
             elif not (line := sys.stdin.readline()):
                 return
@@ -108,7 +111,7 @@ def _answer(loaded: Loaded, prompt: Prompt, sampling: Sampling) -> str:
                 click.echo(piece, nl=False)
                 sys.stdout.flush()
     except DataError as error:
-        if not sys.stdin.isatty():
+        if not _typed():
             raise
         click.echo(f"error: {error}", err=True)
     click.echo()

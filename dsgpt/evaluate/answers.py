@@ -87,12 +87,13 @@ def write_answers(
         for number, prompts in open_ones:
             parts = [next(said) for _ in prompts]
             tokens += sum(part.tokens for part in parts)
-            if len(parts) == 1:
-                answers[number] = parts[0].text.strip()
-                continue
             merged = "\n".join(text for part in parts if (text := part.text.strip()))
+            if len(parts) == 1 or not merged:  # or nothing was said of any piece
+                answers[number] = merged
+                continue
             further = writer.prompts(questions[number], merged)
             if len(further) >= len(prompts):  # answers as long as their pieces: this would not end
+                writer.counts["merged in part"] += 1
                 further = further[:1]
             rest.append((number, further))
         open_ones = rest

@@ -2,8 +2,10 @@
 
     results = run_tasks(loaded, ["hellaswag", "arc_easy"], folder=None, limit=None)
 
-The tasks, their prompts and their metrics are the harness's; dsgpt gives log-likelihoods and greedy texts. Tasks whose data
-lie on the Hub need it in the cache (HF_HUB_OFFLINE=1), or a task file in `folder` that names local files.
+The tasks, their prompts and their metrics are the harness's; dsgpt gives log-likelihoods and greedy texts. Texts begin
+with BOS where the tokenizer's own settings say so, as in the harness's model of transformers: Llama's do, GPT-2's do not,
+those that dsgpt trains do. Tasks whose data lie on the Hub need it in the cache (HF_HUB_OFFLINE=1), or a task file in
+`folder` that names local files.
 """
 
 from __future__ import annotations
@@ -68,8 +70,9 @@ def _harness_model(loaded: Loaded, batch_size: int) -> Any:
 
 
 def _with_begin(loaded: Loaded, text: str) -> list[int]:
-    """Ids after BOS, as documents begin in training; after the end of another, where there is neither BOS nor text."""
-    return text_prompt(loaded.tokenizer, text).ids
+    """Ids after BOS where the tokenizer adds it; without a text, after BOS or the end of another text."""
+    tokenizer = loaded.tokenizer
+    return tokenizer.encode(text) if text and not tokenizer.adds_bos else text_prompt(tokenizer, text).ids
 
 
 def _of_continuation(loaded: Loaded, before: str, text: str) -> tuple[float, bool]:
@@ -89,11 +92,14 @@ def _of_continuation(loaded: Loaded, before: str, text: str) -> tuple[float, boo
 
 
 def _of_text(loaded: Loaded, text: str) -> float:
-    """Nats of all tokens of a text, in windows of the context that overlap by one token."""
-    ids = _with_begin(loaded, "") + loaded.tokenizer.encode(text)
-    context = loaded.model.config.max_position_embeddings
-    windows = [ids[start : start + context + 1] for start in range(0, len(ids) - 1, context)]
-    return -sum(float(_losses(loaded, window)[0].sum()) for window in windows)
+    """Nats of all tokens of a text, in the harness's windows: without overlap, the last one with all that fits before it."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    begin, *ids = _with_begin(loaded, "") + loaded.tokenizer.encode(text)
+    context, total = loaded.model.config.max_position_embeddings, 0.0
+    for before, wanted in map(make_disjoint_window, get_rolling_token_windows(ids, begin, context, 1)):
+        total += float(_losses(loaded, before + wanted)[0][-len(wanted) :].sum())
+    return -total
 
 
 @torch.no_grad()

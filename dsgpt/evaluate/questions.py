@@ -227,5 +227,7 @@ class PromptWriter:
             return f"{cut} of {asked} inputs ({cut / asked:.0%}) are longer than the context: their lead is used, {used:.0%}"
         if pieces:
             number = self.counts["pieces"]
-            return f"{pieces} of {asked} inputs ({pieces / asked:.0%}) are longer: read in {number} pieces, then merged"
+            told = f"{pieces} of {asked} inputs ({pieces / asked:.0%}) are longer: read in {number} pieces, then merged"
+            part = self.counts["merged in part"]
+            return told + (f", of {part} the first answers alone" if part else "")
         return f"all {asked} inputs fit into the context"

@@ -29,7 +29,7 @@ class Chat:
             ids, self._stop = self._template.turn_end()
         except Unusable:  # it wants conversations of another kind; the end token is left
             ids, self._stop = [], ()
-        self._end_ids = tuple(dict.fromkeys([*ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]))
+        self._end_ids = tuple(dict.fromkeys([*ids, *tokenizer.end_ids]))
 
     def prompt(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> Prompt:
         """Of messages in OpenAI's form, of which the last waits for an answer. Raises DataError for others."""

@@ -53,15 +53,14 @@ class Row:
             self.finish = "length"
 
 
-def refuse_prompt(num_tokens: int, context: int) -> None:
+def refuse_prompt(num_tokens: int, context: int, name: str = "the prompt") -> None:
     """Raise DataError for a prompt that is empty or leaves no room for a token."""
     if not num_tokens:
-        raise DataError(
-            "the prompt is empty, and the tokenizer has no token that begins a text", do="give at least a word"
-        )
+        what = f"{name} is empty, and the tokenizer has no token that begins a text"
+        raise DataError(what, do="give at least a word")
     if num_tokens >= context:
         raise DataError(
-            "the prompt does not fit into the model's context",
+            f"{name} does not fit into the model's context",
             seen=f"{num_tokens} tokens, context {context}",
             do=f"shorten it to {context - 1} tokens at most",
         )

@@ -38,9 +38,9 @@ def _record(line: str, where: str) -> dict[str, Any]:
     return found
 
 
-def prompts_of(records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[Prompt]:
-    """Of each `prompt`, continued as text, or `messages`, answered by the tokenizer's chat template."""
-    chat = Chat(tokenizer) if any("messages" in record for record in records) else None
+def prompts_of(records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: str | None = None) -> list[Prompt]:
+    """Of each `prompt`, continued as text, or `messages`, answered by the tokenizer's chat template or `template`."""
+    chat = Chat(tokenizer, template) if any("messages" in record for record in records) else None
     return [
         chat.prompt(record["messages"], record.get("tools"))
         if chat is not None and "messages" in record

@@ -53,9 +53,9 @@ class Sampler:
         if self._seen is not None:
             penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where(self._seen, penalised, logits)
-        # What is not a number counts as the largest, to argmax as to topk.
+        # What is not a number counts as the largest, to argmax as to topk; where that is infinite, all others are lost.
         largest = logits.argmax()
-        if logits[largest].isnan():
+        if not logits[largest].isfinite():
             raise NumericalError("the model's logits are not numbers", do="evaluate it: its weights may have diverged")
         token = int(largest) if self._sampling.temperature < _GREEDY else self._draw(logits)
         if self._seen is not None:

@@ -33,7 +33,7 @@ def text_prompt(tokenizer: Tokenizer, text: str) -> Prompt:
     """A text as documents begin in training: after BOS, where the tokenizer has one, or after the end of another."""
     ids = tokenizer.encode(text)
     begin = tokenizer.bos_id if tokenizer.bos_id is not None or ids else tokenizer.eos_id
-    return Prompt([*([] if begin is None else [begin]), *ids], () if tokenizer.eos_id is None else (tokenizer.eos_id,))
+    return Prompt([*([] if begin is None else [begin]), *ids], tokenizer.end_ids)
 
 
 class TextStream:
@@ -139,8 +139,9 @@ def complete(
     generated, and NumericalError where logits are no numbers.
     """
     decoder, waiting = Decoder(model), deque(enumerate(prompts))
-    for _, prompt in waiting:
-        refuse_prompt(len(prompt.ids), decoder.context)
+    for number, prompt in waiting:
+        name = f"prompt {number + 1} of {len(waiting)}" if len(waiting) > 1 else "the prompt"
+        refuse_prompt(len(prompt.ids), decoder.context, name)
     done: dict[int, Completion] = {}
     active: dict[int, Continuation] = {}
     while waiting or active:

@@ -67,6 +67,7 @@ class Server:
             Route("/v1/chat/completions", self._checked(self._chats), methods=["POST"]),
             Route("/v1/completions", self._checked(self._completions), methods=["POST"]),
             Route("/v1/models", self._checked(self._models), methods=["GET"]),
+            Route("/v1/models/{name:path}", self._checked(self._models), methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
         ]
         trusted = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
@@ -97,12 +98,18 @@ class Server:
 
     async def _models(self, request: HttpRequest) -> Response:
         one = {"id": self._name, "object": "model", "created": 0, "owned_by": "dsgpt"}
+        asked = request.path_params.get("name")
+        if asked == self._name:
+            return JSONResponse(one)
+        if asked is not None:
+            raise RequestError(404, f"there is no such model here: this is {self._name}", "model_not_found", "model")
         return JSONResponse({"object": "list", "data": [one]})
 
     async def _completions(self, request: HttpRequest) -> Response:
         asked: CompletionRequest = await self._parsed(CompletionRequest, request)
         tokenizer = self._loaded.tokenizer
-        prompt = await self._prompt(lambda: text_prompt(tokenizer, asked.prompt), len(asked.prompt))
+        text = asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0]
+        prompt = await self._prompt(lambda: text_prompt(tokenizer, text), len(text))
         return await self._answer(request, asked, prompt, asked.max_tokens or 16)
 
     async def _chats(self, request: HttpRequest) -> Response:

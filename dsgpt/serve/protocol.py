@@ -1,8 +1,8 @@
 """What requests may say, and what answers look like: OpenAI's completions and chat completions.
 
 A field that would change the answer and is not implemented is refused, not ignored: `n`, `logprobs`, penalties, a forced
-tool. What only describes the request (`user`, `metadata`, `store`) is read past. `top_k` and `repetition_penalty` are as in
-`dsgpt generate`.
+tool. Tools that are offered are told to the model where its template can; what it answers, calls too, is text. What only
+describes the request (`user`, `metadata`, `store`) is read past. `top_k` and `repetition_penalty` are as in `dsgpt generate`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Request(BaseModel):
 
 
 class CompletionRequest(Request):
-    prompt: str
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     logprobs: None = None

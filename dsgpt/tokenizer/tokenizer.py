@@ -51,6 +51,7 @@ class Tokenizer:
 
     vocab_size   number of ids a model needs: the highest id in use plus one, added tokens included
     bos_id, eos_id   None where the tokenizer has no such token
+    end_ids          what ends a text: eos_id, and what the model that it is loaded with says besides
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Tokenizer:
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
+        self.end_ids: tuple[int, ...] = () if self.eos_id is None else (self.eos_id,)
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
@@ -87,6 +89,11 @@ class Tokenizer:
         number = self._backend.token_to_id(text)
         token = None if number is None else self._backend.get_added_tokens_decoder().get(number)
         return None if token is None or not token.special else int(number)
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether other libraries begin every text with BOS, as the tokenizer's file says. `encode` never does."""
+        return self.bos_id is not None and self._backend.encode("a").ids[:1] == [self.bos_id]
 
     @cached_property
     def chat_template(self) -> str | None:

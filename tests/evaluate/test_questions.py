@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +183,13 @@ def test_a_long_input_is_refused_cut_or_read_in_pieces(loaded, tmp_path):
     if make["chunk_and_merge"].fits(merged):
         (last,) = complete(loaded.model, loaded.tokenizer, [merged], Sampling(12, temperature=0))
         assert answers[1] == last.text.strip()
+    mute = PromptWriter(Tokenizer.load(loaded.location.tokenizer), chat, CONTEXT, 12, "chunk_and_merge")
+    silent = Chat(loaded.tokenizer)
+    silent._end_ids = tuple(range(loaded.model.config.vocab_size))
+    mute.chat = silent
+    assert write_answers(loaded.model, loaded.tokenizer, questions, mute, 4) == (["", ""], 0), (
+        "nothing said of any piece"
+    )
     assert "2 of 3 inputs (67%)" in make["chunk_and_merge"].told(), "one of the two that were long was asked twice here"
     assert "1 of 1 inputs (100%) are longer than the context: their lead is used" in make["lead"].told()
     short = PromptWriter(loaded.tokenizer, chat, CONTEXT, 12)
@@ -244,14 +253,24 @@ doc_to_text: "{{{{q}}}}"
 
 
 @pytest.mark.slow
-def test_tasks_of_the_harness_agree_with_its_own_model_of_transformers(loaded, model_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_tasks_of_the_harness_agree_with_its_own_model_of_transformers(adds_bos, model_folder, tmp_path, monkeypatch):
+    """Also of texts longer than the context, and with a tokenizer that begins texts with nothing, as GPT-2's."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    told = json.loads((folder / "tokenizer.json").read_text())
+    assert told["post_processor"]
+    if not adds_bos:
+        (folder / "tokenizer.json").write_text(json.dumps(told | {"post_processor": None}))
+    assert Tokenizer.load(folder).adds_bos == adds_bos
     words = ["def", "return", "import", "class", "self", "value", "None", "True", "for", "in"]
-    rows = [{"q": " ".join(words[i:]), "c": [f" {w}" for w in words[:4]], "a": i % 4} for i in range(8)]
+    texts = [" ".join(words[i:]) for i in range(8)] + [" ".join(words * 25)]
+    assert len(Tokenizer.load(folder).encode(texts[-1])) > 2 * CONTEXT
+    rows = [{"q": text, "c": [f" {w}" for w in words[:4]], "a": i % 4} for i, text in enumerate(texts)]
     path, tasks = write(tmp_path / "rows.jsonl", rows), tmp_path / "tasks"
     tasks.mkdir()
     choice = TASK.format(kind="multiple_choice", path=path) + 'doc_to_choice: "{{c}}"\ndoc_to_target: "{{a}}"\n'
@@ -265,12 +284,12 @@ def test_tasks_of_the_harness_agree_with_its_own_model_of_transformers(loaded, m
         until + "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
     )
     names = ["ours_multiple_choice", "ours_loglikelihood_rolling", "ours_generate_until"]
-    done = run("evaluate", model_folder, "--harness", ",".join(names), "--harness-folder", tasks, "--json")
+    done = run("evaluate", folder, "--harness", ",".join(names), "--harness-folder", tasks, "--json")
     ours = json.loads(done.stdout[done.stdout.index("{") :])["results"]
     for name in names:
-        # Of whole texts it puts a BOS before what has one already.
-        begin = "rolling" not in name
-        model = HFLM(pretrained=str(model_folder), device="cpu", batch_size=1, dtype="float32", add_bos_token=begin)
+        # Of whole texts it would put a BOS before what has one already.
+        begin = False if "rolling" in name else None
+        model = HFLM(pretrained=str(folder), device="cpu", batch_size=1, dtype="float32", add_bos_token=begin)
         theirs = lm_eval.simple_evaluate(
             model=model, tasks=[name], task_manager=TaskManager(include_path=str(tasks)), log_samples=False,
             bootstrap_iters=0,
@@ -279,5 +298,5 @@ def test_tasks_of_the_harness_agree_with_its_own_model_of_transformers(loaded, m
             key: value for key, value in theirs[name].items() if isinstance(value, float) and "stderr" not in key
         }
         assert numbers and {key: ours[name][key] for key in numbers} == pytest.approx(numbers, rel=1e-4), name
-    wrong = run("evaluate", model_folder, "--harness", "no_such_task")
+    wrong = run("evaluate", folder, "--harness", "no_such_task")
     assert isinstance(wrong.exception, ConfigError) and "no_such_task" in str(wrong.exception)

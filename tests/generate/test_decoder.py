@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -164,7 +166,11 @@ def test_a_row_without_numbers_ends_alone():
 
 
 def test_logits_that_are_no_numbers_are_an_error():
-    for temperature in (0, 1.0):
+    """Nor infinite ones: their differences are none."""
+    for temperature, wrong in itertools.product((0, 1.0), ("nan", "inf")):
         sampler = Sampler(Sampling(temperature=temperature), [0], 3, torch.device("cpu"))
         with pytest.raises(NumericalError):
-            sampler.choose(torch.tensor([1.0, float("nan"), 0.0]))
+            sampler.choose(torch.tensor([1.0, float(wrong), 0.0]))
+    for temperature in (0, 1.0):  # what must not be said may be impossible
+        sampler = Sampler(Sampling(temperature=temperature), [0], 3, torch.device("cpu"))
+        assert sampler.choose(torch.tensor([-torch.inf, 1.0, -torch.inf])) == 1

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
 
 from dsgpt.checkpoint.inference import load_for_use
 from dsgpt.cli import cli
-from dsgpt.errors import DataError, OutOfMemoryError
+from dsgpt.errors import CheckpointError, DataError, OutOfMemoryError
 from dsgpt.generate.chat import Chat
 from dsgpt.generate.sampling import Sampling
-from dsgpt.generate.text import complete, text_prompt
+from dsgpt.generate.text import Prompt, complete, text_prompt
 from tests.chat_folder import CONTEXT
 
 GREEDY = ("--temperature", "0", "--max-new-tokens", "12")
@@ -45,6 +49,10 @@ def test_prompts_come_as_options_as_lines_and_as_records(loaded, model_folder, t
     messages = [{"role": "user", "content": "Hello"}]
     (tmp_path / "p.jsonl").write_text(json.dumps({"messages": messages, "id": 7}) + "\n")
     record = json.loads(run("generate", model_folder, "--prompts", tmp_path / "p.jsonl", *GREEDY, "--json").stdout)
+    own = run(
+        "generate", model_folder, "--prompts", tmp_path / "p.jsonl", "--chat-template", "chatml", *GREEDY, "--json"
+    )
+    assert json.loads(own.stdout)["text"] == record["text"], "the template of this model is the shipped one"
     assert record["id"] == 7 and [record["text"]] == expected(loaded, [Chat(loaded.tokenizer).prompt(messages)])
 
 
@@ -56,7 +64,7 @@ def test_prompts_come_as_options_as_lines_and_as_records(loaded, model_folder, t
         ("p.txt", b"\xff\xfe"),
         ("p.txt", b"\n \n"),
         ("p.jsonl", b'{"messages": []}'),
-        ("p.txt", b"word " * 500),
+        ("p.txt", b"short\n" + b"word " * 500),
     ],
     ids=["json", "record", "utf-8", "empty", "no-message", "too-long"],
 )
@@ -64,7 +72,39 @@ def test_prompts_that_are_none_say_why(content, seen, model_folder, tmp_path):
     (tmp_path / content).write_bytes(seen)
     done = run("generate", model_folder, "--prompts", tmp_path / content)
     assert isinstance(done.exception, DataError)
-    assert any(word in str(done.exception) for word in ("seen", "no message", "there are no prompts"))
+    told = (
+        "is not JSON",
+        "is no prompt",
+        "not UTF-8",
+        "no message",
+        "there are no prompts",
+        "prompt 2 of 2 does not fit",
+    )
+    assert any(word in str(done.exception) for word in told)
+
+
+def test_what_ends_a_text_is_read_as_transformers_reads_it(loaded, model_folder, tmp_path):
+    """Instruction models name several tokens in generation_config.json; without that file it is config.json that counts."""
+    ids = text_prompt(loaded.tokenizer, "import os").ids
+    (free,) = complete(loaded.model, loaded.tokenizer, [Prompt(ids)], Sampling(12, temperature=0))
+    said = loaded.tokenizer.encode(free.text)
+    for name in ("generation_config.json", "config.json"):
+        folder = Path(shutil.copytree(model_folder, tmp_path / name))
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        told = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (folder / name).write_text(json.dumps(told | {"eos_token_id": [loaded.tokenizer.eos_id, said[5]]}))
+        theirs = (
+            AutoModelForCausalLM.from_pretrained(folder)
+            .generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0, len(ids) :]
+            .tolist()
+        )
+        assert theirs[-1] == said[5] and len(theirs) < 12
+        told = json.loads(run("generate", folder, "--prompt", "import os", *GREEDY, "--json").stdout)
+        assert (told["tokens"], told["finish"]) == (len(theirs) - 1, "stop")
+        assert load_for_use(str(folder), "cpu").tokenizer.end_ids == (loaded.tokenizer.eos_id, said[5])
+    (folder / "generation_config.json").write_text("{")
+    done = run("generate", folder, "--prompt", "x")
+    assert isinstance(done.exception, CheckpointError) and "generation_config.json" in str(done.exception)
 
 
 def test_lines_end_where_lines_end(loaded, model_folder, tmp_path):
@@ -110,6 +150,18 @@ def test_a_chat_remembers_and_begins_anew(loaded, model_folder):
     assert done.stdout == f"{one}\n{two}\n{one}\n".replace("\r\n", "\n") and one != two
 
 
+def test_a_question_beyond_the_context_takes_nothing_of_the_conversation(loaded, model_folder, monkeypatch):
+    monkeypatch.setattr("dsgpt.cli.chat._typed", lambda: True)
+    first = {"role": "user", "content": "Hello"}
+    lines = ["Hello", "word " * CONTEXT, "And now?"]
+    monkeypatch.setattr("builtins.input", lambda prompt: lines.pop(0) if lines else "/exit")
+    done = run("chat", model_folder, *GREEDY)
+    (one,) = expected(loaded, [Chat(loaded.tokenizer).prompt([first])])
+    said = [first, {"role": "assistant", "content": one}, {"role": "user", "content": "And now?"}]
+    (two,) = expected(loaded, [Chat(loaded.tokenizer).prompt(said)])
+    assert done.stdout == f"{one}\n\n{two}\n" and "does not fit" in done.stderr
+
+
 def test_a_chat_that_outgrows_the_context_leaves_out_its_oldest_turns_and_says_so(model_folder):
     line = "word " * 12
     done = run("chat", model_folder, *GREEDY, input=f"{line}\n" * 6)
@@ -139,7 +191,7 @@ def test_templates_are_the_tokenizers_or_given_never_guessed(model_folder, tmp_p
 def test_a_model_that_does_not_fit_is_refused_with_what_to_do(model_folder, monkeypatch):
     monkeypatch.setattr("dsgpt.checkpoint.inference.available_memory_bytes", lambda: 1000)
     done = run("generate", model_folder, "--prompt", "x", "--device", "cpu")
-    assert isinstance(done.exception, OutOfMemoryError) and "dsgpt checkpoint export" in str(done.exception)
+    assert isinstance(done.exception, OutOfMemoryError) and "use a server that divides models" in str(done.exception)
 
 
 @pytest.mark.parametrize(

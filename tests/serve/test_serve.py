@@ -101,7 +101,9 @@ def test_seeds_stops_and_names(client):
     assert ended.text == one.partition(stop)[0] and ended.finish_reason == "stop"
     same = client.completions.create(**drawn, seed=1, extra_body={"top_k": 1, "repetition_penalty": 1.0})
     assert same.choices[0].text == client.completions.create(**{**drawn, "temperature": 0}).choices[0].text
-    assert [model.id for model in client.models.list()] == ["small"]
+    assert [model.id for model in client.models.list()] == ["small"] and client.models.retrieve("small").id == "small"
+    with pytest.raises(openai.NotFoundError, match="this is small"):
+        client.models.retrieve("large")
 
 
 def post(url, path, body):
@@ -123,6 +125,7 @@ BAD = {
     "not an object": ("/v1/completions", b"[1]", 400, "body"),
     "no prompt": ("/v1/completions", {}, 400, "prompt"),
     "a number": ("/v1/completions", {"prompt": 5}, 400, "prompt"),
+    "two prompts": ("/v1/completions", {"prompt": ["x", "y"]}, 400, "prompt"),
     "not UTF-8": ("/v1/completions", b'{"prompt": "\xff"}', 400, ""),
     "a surrogate": ("/v1/completions", b'{"prompt": "\\ud800"}', 400, ""),
     "too long": ("/v1/completions", {"prompt": "word " * 500}, 400, f"context of {CONTEXT}"),
