@@ -175,6 +175,34 @@ def test_dropout_is_the_runs_own_and_refused_where_an_architecture_has_none():
         transformers_config(llama.model_copy(update={"dropout": Dropout(residual=0.1)}))
 
 
+@pytest.mark.parametrize(
+    "kind, place, theirs",
+    [("mistral", "attention", "attention_dropout"), ("opt", "attention", "attention_dropout"), ("opt", "residual", "dropout"),
+     ("gpt_neox", "residual", "hidden_dropout"), ("phi", "embedding", "embd_pdrop"), ("phi", "residual", "resid_pdrop")],
+)  # fmt: skip
+def test_dropout_zeroes_in_training_what_transformers_zeroes(kind, place, theirs):
+    plain = reference(kind)
+    dropping = reference(kind, **{theirs: 0.3}).train()
+    dropping.load_state_dict(plain.state_dict())
+    model = ours(plain, dropout=Dropout(**{place: 0.3}))
+    ids, labels = (torch.randint(VOCAB, (1, 20), generator=torch.Generator().manual_seed(n)) for n in (1, 2))
+
+    def loss(model, seed):
+        torch.manual_seed(seed)
+        return float(F.cross_entropy(model(ids).logits[0], labels[0], reduction="sum"))
+
+    def our_loss(seed):
+        torch.manual_seed(seed)
+        return float(model(ids, labels=labels).detach())
+
+    assert model.train() and our_loss(5) != our_loss(6), "the usual way to attend too"
+    choose_attention(model.eval(), "eager")
+    assert our_loss(5) == our_loss(6) == pytest.approx(loss(plain, 5), rel=1e-5), "none in evaluation"
+    model.train()
+    assert our_loss(5) == pytest.approx(loss(dropping, 5), rel=1e-5)
+    assert our_loss(6) == pytest.approx(loss(dropping, 6), rel=1e-5) != our_loss(5)
+
+
 def test_constants_are_exact_where_the_model_is_built_in_16_bits():
     theirs = reference("mistral")
     config = hf_model_config(theirs.config.to_dict(), 1, "here")
