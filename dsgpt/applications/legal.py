@@ -103,10 +103,12 @@ def _contracts(record: Mapping[str, Any]) -> Iterator[Example]:
     texts = answers.get("text") if isinstance(answers, Mapping) else None
     if texts is None or "context" not in record or "question" not in record:
         raise _unknown("contract with a question and its answers", record)
-    if texts:  # questions that the contract does not answer teach no passage
-        context = text_in(record, "context")
-        asked = f"{FIND} {text_in(record, 'question')}"
-        yield Example("contracts", name_of(record, "title"), task(asked, context, texts[0]), document=context)
+    context = text_in(record, "context")
+    # One that the contract does not answer teaches no passage: it is left out and counted with those without an answer.
+    first, *others = list(dict.fromkeys(texts)) or [""]
+    question = task(f"{FIND} {text_in(record, 'question')}", context, first)
+    more = {"other_answers": others} if others else {}
+    yield Example("contracts", name_of(record, "title"), question | more, document=context)
 
 
 def _unknown(what: str, record: Mapping[str, Any]) -> DataError:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -67,11 +67,13 @@ def prepare(
     seed: int = 1234,
     shares: Shares | None = None,
     limits: Mapping[str, int] | None = None,
+    long_input: Literal["lead", "refuse"] = "lead",
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Write the files; returns the summary. `limits` keeps only so many training examples of a kind.
 
-    Raises DataError where a source has no records, or some of an unknown schema, and where a side is empty.
+    Raises DataError where a source has no records, or some of an unknown schema, where a side is empty, and with
+    `long_input` refuse where an input is longer than a sequence.
     """
     of, limits = application(name), limits or {}
     _check_names(of, sources, limits)
@@ -92,6 +94,8 @@ def prepare(
     for side, examples in {**sides, "validation": split.validation, "test": split.test}.items():
         parts = (part for one in examples for part in _messages(one, writer, counts[side], one.kind in extracted))
         _write(output / f"{'train-tenth' if side == 'tenth' else side}.jsonl", parts)
+    if long_input == "refuse":
+        _refuse_cut(counts.values())
     kinds = {kind: {**numbers, "empty": empty[kind]} for kind, numbers in split.counts().items()}
     for kind, numbers in kinds.items():
         train, test = ([one for one in side if one.kind == kind] for side in (split.train, split.test))
@@ -141,6 +145,13 @@ def _refuse_empty_sides(split: Split) -> None:
     if empty:
         seen = f"{', '.join(empty)}; {', '.join(f'{kind}: {numbers}' for kind, numbers in split.counts().items())}"
         raise DataError("a side would have no example", seen=seen, do="give more conversations or documents")
+
+
+def _refuse_cut(counts: Iterable[_Counts]) -> None:
+    if cut := sum((count.cut + count.beyond for count in counts), Counter[str]()):
+        seen = ", ".join(f"{kind}: {number}" for kind, number in sorted(cut.items()))
+        do = "--long-input lead, or a larger --seq-length"
+        raise DataError("inputs are longer than a training sequence", seen=seen, do=do)
 
 
 def _records(source: str, places: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ nothing was chosen by. Trade-off: one seed a way, so that what training itself v
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from dsgpt.data.packing import open_chat
 from dsgpt.evaluate.answers import score
 from dsgpt.evaluate.metrics import mean
 from dsgpt.evaluate.questions import groups_of, read_questions
+from dsgpt.model.build import model_shapes
 from dsgpt.tokenizer.tokenizer import Tokenizer
 from dsgpt.train.state import read_metrics
 
@@ -143,6 +145,7 @@ class Comparison:
                 for word in ("--source", f"{key}={place}")
             ]
             words += [word for key, number in self.limits.items() for word in ("--limit", f"{key}={number}")]
+            words += ["--long-input", "refuse"] if self.long_input == "refuse" else []
             words += ["--seed", str(self.seed), "--output", str(self._data)]
             self._commands.run("prepare", "application", "prepare", self.name, *tokenizer, *words)
         for side, name in (("train", "data"), ("train-tenth", "tenth"), ("validation", "validation"), ("test", "test")):
@@ -239,7 +242,7 @@ class Comparison:
         answers = {"most frequent": [frequent] * len(questions)}
         if self.name == "news":
             answers["lead-3"] = [lead(one.input) for one in questions]
-        groups, references = groups_of(questions), [one.answer for one in questions]
+        groups, references = groups_of(questions), [one.references for one in questions]
         return {
             name: {metric: vars(mean(values, groups)) for metric, values in score(references, said).items()}
             for name, said in answers.items()
@@ -248,9 +251,10 @@ class Comparison:
     def _cost(self, run: Path) -> dict[str, Any]:
         metrics = [entry for entry in read_metrics(run / "metrics.jsonl") if "tokens_per_second" in entry]
         counts = next((event for event in _events(run) if event.get("event") == "trained_parameters"), {})
+        shapes = model_shapes(read_model_config(find_model(str(run))))[0].values()
         return {
-            "trained": counts.get("trained"),
-            "frozen": counts.get("frozen"),
+            "trained": counts.get("trained", sum(map(math.prod, shapes))),  # from scratch there is no such event
+            "frozen": counts.get("frozen", 0),
             "steps": metrics[-1]["step"],
             "tokens": metrics[-1]["consumed_tokens"],
             "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in metrics[1:] or metrics),

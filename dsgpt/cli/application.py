@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -38,6 +38,8 @@ def application() -> None:
 @click.option("--seq-length", required=True, type=click.IntRange(16), help="training.seq_length.")
 @click.option("--output", required=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--limit", "limits", multiple=True, type=Pair(), help="KIND=N: only so many examples to train on.")
+@click.option("--long-input", type=click.Choice(("lead", "refuse")), default="lead", show_default=True,
+              help="Of an input longer than a sequence, what is trained on.")  # fmt: skip
 @click.option("--seed", default=1234, show_default=True, help="Decides what is held out.")
 def prepare(
     name: str,
@@ -46,6 +48,7 @@ def prepare(
     seq_length: int,
     output: Path,
     limits: tuple[tuple[str, str], ...],
+    long_input: Literal["lead", "refuse"],
     seed: int,
 ) -> None:
     """Turn public data into conversations to train on and questions to measure with.
@@ -62,7 +65,7 @@ def prepare(
 
     module.prepare(
         name, _by_key(sources), output, Tokenizer.load(tokenizer), seq_length, seed, limits=_numbers(limits),
-        report=click.echo,
+        long_input=long_input, report=click.echo,
     )  # fmt: skip
     click.echo(f"next: dsgpt data prepare-chat {output}/train.jsonl --tokenizer {tokenizer} --seq-length {seq_length} "
                f"--output DIR")  # fmt: skip
@@ -97,7 +100,11 @@ def base(texts: tuple[str, ...], output_dir: Path, vocab_size: int, overrides: t
     "--seq-length", type=click.IntRange(16), help="training.seq_length.  [default: the context, at most 1024]"
 )
 @click.option(
-    "--long-input", type=click.Choice(("refuse", "lead", "chunk_and_merge")), default="lead", show_default=True
+    "--long-input",
+    type=click.Choice(("refuse", "lead", "chunk_and_merge")),
+    default="lead",
+    show_default=True,
+    help="Of inputs longer than the context; chunk_and_merge is for questions, training examples are cut to their lead.",
 )
 @click.option("--no-grid", is_flag=True, help="Without the table of numbers of blocks and shares of the data.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of the run config, for all ways.")

@@ -9,6 +9,7 @@ helpful they do not know. The perplexity of the references tells whether the mod
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,17 +58,23 @@ def evaluate_answers(
 ) -> AnswerReport:
     """Ask every question, and score what is said. Raises DataError as `PromptWriter.prompts`."""
     answers, tokens = write_answers(model, tokenizer, questions, writer, batch_size)
-    scores = score([question.answer for question in questions], answers)
+    scores = score([question.references for question in questions], answers)
     losses, reference_tokens = reference_losses(model, questions, writer)
     return AnswerReport(answers, scores, tokens, losses, reference_tokens, groups_of(questions))
 
 
-def score(references: Sequence[str], answers: Sequence[str]) -> dict[str, list[float]]:
-    """Of each answer: ROUGE-1, -2 and -L, token F1 and exact match."""
-    pairs = list(zip(references, answers, strict=True))
-    return rouge(references, answers) | {
-        "token_f1": [token_f1(*pair) for pair in pairs],
-        "exact_match": [exact_match(*pair) for pair in pairs],
+def score(references: Sequence[Sequence[str]], answers: Sequence[str]) -> dict[str, list[float]]:
+    """Of each answer: ROUGE-1, -2 and -L, token F1 and exact match, each with that of its references which it is nearest to
+    (Rajpurkar et al. 2016, section 6.1)."""
+    pairs = [(one, answer) for its, answer in zip(references, answers, strict=True) for one in its]
+    numbers = rouge([one for one, _ in pairs], [answer for _, answer in pairs])
+    numbers["token_f1"] = [token_f1(*pair) for pair in pairs]
+    numbers["exact_match"] = [exact_match(*pair) for pair in pairs]
+    ends = list(itertools.accumulate(map(len, references)))
+    starts = [0, *ends][: len(ends)]
+    return {
+        name: [max(values[start:end]) for start, end in zip(starts, ends, strict=True)]
+        for name, values in numbers.items()
     }
 
 

@@ -42,7 +42,7 @@ class Question:
     """`messages` come before the last one, whose text is `instruction` and `input`; `answer` is the reference.
 
     `choices` are the answers to choose from, where the record gives such; `group` is the document or conversation that it
-    says to be from.
+    says to be from; `other_answers` are as right as `answer`.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -51,6 +51,11 @@ class Question:
     answer: str
     choices: tuple[str, ...] = ()
     group: str | None = None
+    other_answers: tuple[str, ...] = ()
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return (self.answer, *self.other_answers)
 
     def asked(self, text: str) -> str:
         """The last message, with `text` as its input."""
@@ -84,13 +89,18 @@ def _question(record: dict[str, Any], item: Conversation | BadRecord, place: str
     instruction, given = "", str(asked["content"] or "")
     if "instruction" in record and record.get("input"):  # an alpaca record says which part is which
         instruction, given = str(record["instruction"]), str(record["input"])
-    choices = record.get("choices") or ()
-    if not isinstance(choices, list | tuple) or not all(isinstance(one, str) and one for one in choices):
-        raise DataError("choices are a list of texts", seen=f"{place}: {choices!r:.80}")
+    choices, others = (_texts(record, name, place) for name in ("choices", "other_answers"))
     if choices and answer["content"] not in choices:
         raise DataError("the answer is not among the choices", seen=f"{place}: {answer['content']!r:.80}")
     group = None if record.get("group") is None else str(record["group"])
-    return Question(tuple(before), instruction, given, answer["content"], tuple(choices), group)
+    return Question(tuple(before), instruction, given, answer["content"], choices, group, others)
+
+
+def _texts(record: dict[str, Any], name: str, place: str) -> tuple[str, ...]:
+    found = record.get(name) or ()
+    if not isinstance(found, list | tuple) or not all(isinstance(one, str) and one for one in found):
+        raise DataError(f"{name} are a list of texts", seen=f"{place}: {found!r:.80}")
+    return tuple(found)
 
 
 def groups_of(questions: Sequence[Question]) -> list[str] | None:

@@ -115,8 +115,13 @@ def test_a_contract_is_made_of_all_passages_of_a_document():
     assert (found[4].record["instruction"], found[4].record["output"]) == (f"{legal.FIND} says 1", "passage 1 of it.")
     assert len({one.group for one in found}) == 1
     cuad = {"title": "C", "context": "All of it.", "question": "Who?", "answers": {"text": ["it"], "answer_start": [7]}}
-    (one,) = legal.examples("contracts", [cuad, {**cuad, "answers": {"text": [], "answer_start": []}}])
+    several = {"text": ["it", "All", "it"], "answer_start": [7, 0, 7]}
+    one, none, two = legal.examples(
+        "contracts", [cuad, {**cuad, "answers": {"text": []}}, {**cuad, "answers": several}]
+    )
     assert one.record == task(f"{legal.FIND} Who?", "All of it.", "it")
+    assert none.answers == [""], "left out and counted with those without an answer"
+    assert two.record == {**one.record, "other_answers": ["All"]}
     (one,) = legal.examples("clauses", [{"text": "we may change it", "label": "Unilateral change"}])
     assert one.record["output"] == "Unilateral change"
 
@@ -240,6 +245,11 @@ def test_a_passage_beyond_the_lead_is_asked_for_but_not_trained_on(tokenizer, tm
     assert all(answer["content"] in asked["content"] for asked, answer in lines)
     assert kinds["beyond"] == kinds["train"] / 2 == len(lines) and kinds["test_beyond"] == kinds["test"] / 2
     assert kinds["questions"] == kinds["test"]
+    with pytest.raises(DataError, match=r"longer than a training sequence(.|\n)*contracts: \d+"):
+        prepare(
+            "legal", {"contracts": [tmp_path / "c.jsonl"]}, tmp_path / "refused", tokenizer, 256, long_input="refuse"
+        )
+    assert not (tmp_path / "refused/summary.json").exists()
 
 
 def test_conversations_are_written_by_the_models_own_template(dataset, tmp_path):
@@ -287,7 +297,8 @@ def test_data_as_it_is_published_elsewhere():
         assert said(one) == [("user", "Hello"), ("assistant", "Hi")]
     squad = {"data": [{"title": "C", "paragraphs": [{"context": "All of it.", "qas": [
         {"question": "Who?", "answers": [{"text": "it"}]}, {"question": "When?", "answers": []}]}]}]}  # fmt: skip
-    (one,) = legal.examples("contracts", [squad])
+    one, none = legal.examples("contracts", [squad])
+    assert none.answers == [""]
     assert one.record == task(f"{legal.FIND} Who?", "All of it.", "it") and one.document == "All of it."
     (one,) = legal.examples("clauses", [{"index": 0, "text": "we may change it", "answer": "Unilateral change"}])
     assert one.record["output"] == "Unilateral change"

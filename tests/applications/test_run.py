@@ -171,6 +171,51 @@ def test_ways_are_trained_evaluated_and_shown_and_a_second_call_does_nothing_aga
         Comparison("news", {"articles": [path]}, str(model_folder), tmp_path / "out", samples=6).run()
 
 
+def customers(tmp_path):
+    turns = [{"speaker": ("USER", "SYSTEM")[i % 2], "utterance": f"said {i}"} for i in range(6)]
+    return {
+        "dialogues": [{"dialogue_id": f"d{n}", "turns": [*turns, {"speaker": "USER", "utterance": f"bye {n}"},
+                                                         {"speaker": "SYSTEM", "utterance": f"Bye {n}."}]} for n in range(60)],
+        "faq": [{"question": f"What is {n * 7}?", "answer": f"A number, {n * 7}."} for n in range(60)],
+        "manuals": [{"title": f"flow {n}", "steps": [f"Open {n}.", f"Close {n * n}."]} for n in range(60)],
+        "intents": [{"text": f"my {word} no {n}", "category": word} for n in range(30) for word in ("card", "loan", "rate")],
+    }  # fmt: skip
+
+
+def documents(tmp_path):
+    """Contracts of four contexts, whose passages are everywhere in them."""
+    return {
+        "summaries": [{"document": f"We may keep {n} of your things.", "summary": f"They keep {n}."} for n in range(60)],
+        "clauses": [{"text": f"{word} change {n} times", "label": word} for n in range(30) for word in ("Terms", "Prices")],
+        "contracts": [{"title": f"C{n}", "context": " ".join(f"Clause {i} of {n} says so." for i in range(60)),
+                       "question": f"{n}?", "answers": {"text": [f"Clause {n % 60} of {n} says so."]}} for n in range(60)],
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, make", [("support", customers), ("legal", documents)])
+def test_every_kind_of_question_is_asked_and_shown(name, make, model_folder, tmp_path):
+    words = ["application", "run", name, "--base", model_folder, "--output-dir", tmp_path / "out", "--no-grid"]
+    words += ["--samples", 3, "--max-new-tokens", 8, "--long-input", "chunk_and_merge"]
+    for kind, records in make(tmp_path).items():
+        words += ["--source", f"{kind}={write(tmp_path / f'{kind}.jsonl', records)}"]
+    for override in ("num_epochs=null", "max_steps=2", "global_batch_size=2"):
+        words += ["--set", f"training.{override}"]
+    command = [sys.executable, "-m", "dsgpt", *map(str, words), "--set", "optimizer.warmup_steps=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    for row in result["ways"].values():
+        assert set(row["kinds"]) == set(make(tmp_path)) and all(its["questions"] == 3 for its in row["kinds"].values())
+    counts = [row["trained"] for way, row in result["ways"].items() if way != "untuned"]
+    assert counts[2] == counts[3] == max(counts), "all weights, tuned and from scratch"
+    if name == "legal":
+        read = result["ways"]["full"]["kinds"]["contracts"]["long_inputs"]
+        assert read["in pieces"] == 3 and read["pieces"] > 6 and "in pieces" in done.stdout
+    for kind in make(tmp_path):
+        assert f"{kind}: 3 questions" in done.stdout
+
+
 @pytest.mark.slow
 @real_data
 @pytest.mark.parametrize("name", sorted(REAL))

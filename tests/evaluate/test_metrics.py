@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dsgpt.evaluate.answers import score
 from dsgpt.evaluate.choices import ChoiceReport
 from dsgpt.evaluate.metrics import (
     bootstrap,
@@ -28,6 +29,19 @@ def test_rouge_is_that_of_the_library():
         assert {name: values[i] for name, values in found.items()} == {
             name: score.fmeasure for name, score in scorer.score(*pair).items()
         }
+
+
+def test_of_several_references_the_nearest_counts():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    references = [("the cat sat on the mat", "a dog lay there"), ("one",), ("two three", "four", "two")]
+    answers = ["the dog lay on a mat", "one", "two"]
+    found = score(references, answers)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    for i, (its, answer) in enumerate(zip(references, answers, strict=True)):
+        expected = {name: number.fmeasure for name, number in scorer.score_multi(its, answer).items()}
+        assert {name: found[name][i] for name in expected} == expected
+    assert found["exact_match"] == [0.0, 1.0, 1.0] and found["token_f1"] == pytest.approx([2 * 2 / 7, 1.0, 1.0])
 
 
 @pytest.mark.parametrize(
