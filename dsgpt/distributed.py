@@ -78,6 +78,11 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
 
+    def broadcast_in_place(self, tensor: torch.Tensor) -> None:
+        """Replace a tensor by rank 0's."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value on every rank (a small JSON-like object)."""
         if self.size == 1:

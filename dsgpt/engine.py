@@ -162,6 +162,18 @@ class DividedModel(PartitionedState):
         self._engine.eval()
         return self._engine(**batch)
 
+    def as_one(self) -> nn.Module:
+        """The model as if it were on one device, for code that all ranks run with the same input. What it returns is rank 0's
+        on every rank: where a choice follows from it, all choose the same, and none waits for another."""
+
+        def agree(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            output = output.contiguous()
+            self.world.broadcast_in_place(output)
+            return output
+
+        self.module.register_forward_hook(agree)
+        return self.module
+
 
 class Engine(PartitionedState):
     """A model, its optimizer and DeepSpeed, with the operations a training loop needs."""

@@ -43,10 +43,16 @@ def load_for_use(text: str, device: str = "auto", dtype: str = "auto", trust: bo
     found = choose_device(device)
     dtype = found.dtype(dtype)
     _refuse_too_large(location, found.kind, DTYPES[dtype])
-    tokenizer = Tokenizer.load(location.tokenizer)  # first, because it is read at once where it can be
-    tokenizer.end_ids = tuple(dict.fromkeys([*tokenizer.end_ids, *_end_ids(location)]))
+    tokenizer = load_tokenizer(location)  # first, because it is read at once where it can be
     model = load_model(location, found.kind, trust, DTYPES[dtype])
     return Loaded(location, model, tokenizer, found.kind, dtype)
+
+
+def load_tokenizer(location: ModelLocation) -> Tokenizer:
+    """The model's tokenizer, which knows what else ends a text of this model."""
+    tokenizer = Tokenizer.load(location.tokenizer)
+    tokenizer.end_ids = tuple(dict.fromkeys([*tokenizer.end_ids, *_end_ids(location)]))
+    return tokenizer
 
 
 def _end_ids(location: ModelLocation) -> list[int]:
@@ -77,6 +83,6 @@ def _refuse_too_large(location: ModelLocation, device: str, dtype: torch.dtype) 
         raise OutOfMemoryError(
             "the model does not fit on one device",
             seen=f"{format_bytes(needed)} of weights, {format_bytes(free)} free",
-            do=f"the loss of it is told over several: dsgpt evaluate {location.path} --data DIR --num-processes N; to "
-            f"generate, {export} a server that divides models over GPUs",
+            do=f"evaluate it over several: dsgpt evaluate {location.path} --num-processes N; to generate, {export} "
+            "a server that divides models over GPUs",
         )

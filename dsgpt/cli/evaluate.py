@@ -33,7 +33,7 @@ _WAYS = ("texts", "data", "answers", "choices", "harness")
 @click.option("--harness-folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
               help="A folder with task files of your own.")  # fmt: skip
 @click.option("--num-processes", type=click.IntRange(1),
-              help="Divide the model over so many ranks of this machine (ZeRO 3), for --data; in srun, over all.")  # fmt: skip
+              help="Divide the model over so many ranks of this machine (ZeRO 3); in srun, over all.")  # fmt: skip
 @click.option("--samples", type=click.IntRange(1), help="Only the first so many sequences, questions or samples.")
 @click.option("--max-new-tokens", default=100, show_default=True, type=click.IntRange(1), help="Of an answer.")
 @click.option("--long-input", type=click.Choice(("refuse", "lead", "chunk_and_merge")), default="refuse", show_default=True,
@@ -58,17 +58,14 @@ def evaluate(model: str, device: str, dtype: str, trust_checkpoint: bool, as_jso
     if options["num_processes"]:
         from dsgpt.cli.evaluate_divided import evaluate_divided
 
-        if chosen != ["data"]:
-            raise click.UsageError("--num-processes is for --data")
-        names = ("data", "split", "num_processes", "samples", "batch_size")
         given = {"device": device, "dtype": dtype, "trust_checkpoint": trust_checkpoint, "json": as_json}
-        evaluate_divided(model, {name: options[name] for name in names} | given)
+        evaluate_divided(model, chosen[0], options | given)
     from dsgpt.cli.common import print_json, waiting
     from dsgpt.cli.using import load
 
     loaded = load(model, device, dtype, trust_checkpoint)
     with waiting("evaluating"):
-        lines, found = _EVALUATIONS[chosen[0]](loaded, options)
+        lines, found = EVALUATIONS[chosen[0]](loaded, options)
     if as_json:
         print_json({"model": str(loaded.location.path), **found})
         return
@@ -166,7 +163,7 @@ def _harness(loaded: Loaded, options: dict[str, Any]) -> Result:
     return lines, {"results": results}
 
 
-_EVALUATIONS = {"texts": _loss, "data": _loss, "answers": _answers, "choices": _choices, "harness": _harness}
+EVALUATIONS = {"texts": _loss, "data": _loss, "answers": _answers, "choices": _choices, "harness": _harness}
 
 
 def _questions(loaded: Loaded, path: Path, options: dict[str, Any], room: int) -> tuple[list[Question], PromptWriter]:

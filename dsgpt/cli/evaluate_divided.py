@@ -1,4 +1,8 @@
-"""`dsgpt evaluate MODEL --data DIR --num-processes N`: over several ranks, the model divided among them."""
+"""`dsgpt evaluate MODEL … --num-processes N`: over several ranks, the model divided among them.
+
+Of a prepared dataset each rank takes its share. All else every rank computes whole, together with the others and of the same
+input, so that it takes as long as on one device, and longer by what is sent; it is for models that fit nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from dsgpt.launch import slurm
 from dsgpt.launch.local_ranks import expected_hosts, run_local_ranks
 
 
-def evaluate_divided(model: str, arguments: dict[str, Any]) -> NoReturn:
+def evaluate_divided(model: str, way: str, arguments: dict[str, Any]) -> NoReturn:
     """Start the ranks here, or be one of those that a launcher has started; ends the process."""
     slurm.adopt_rank_environment()
     if "RANK" not in os.environ:
@@ -21,7 +25,7 @@ def evaluate_divided(model: str, arguments: dict[str, Any]) -> NoReturn:
         raise SystemExit(run_local_ranks(["evaluate", model, *words], arguments["num_processes"]))
     code = 0
     try:
-        _rank(model, arguments)
+        _rank(model, way, arguments)
     except Exception as error:
         code = _tell(error)
     sys.stdout.flush()
@@ -30,34 +34,42 @@ def evaluate_divided(model: str, arguments: dict[str, Any]) -> NoReturn:
 
 
 def _words(name: str, value: Any) -> list[str]:
-    option = f"--{name.replace('_', '-')}"
+    option = "--text" if name == "texts" else f"--{name.replace('_', '-')}"
     if value is None or value is False:
         return []
+    if isinstance(value, tuple):
+        return [word for one in value for word in (option, str(one))]
     return [option] if value is True else [option, str(value)]
 
 
-def _rank(model: str, arguments: dict[str, Any]) -> None:
+def _rank(model: str, way: str, arguments: dict[str, Any]) -> None:
     from dsgpt import distributed, engine
     from dsgpt.checkpoint.divided import load_divided
+    from dsgpt.checkpoint.inference import Loaded, load_tokenizer
     from dsgpt.checkpoint.weights import find_model
     from dsgpt.cli.common import print_json
-    from dsgpt.cli.evaluate import loss_lines
+    from dsgpt.cli.evaluate import EVALUATIONS, loss_lines
     from dsgpt.device import choose_device
     from dsgpt.evaluate.loss import evaluate_divided as evaluate
-    from dsgpt.tokenizer import Tokenizer
 
     engine.prepare_process()
     device = choose_device(arguments["device"])
     world = distributed.start(device.kind, expected_hosts=expected_hosts())
     engine.init_distributed(world)
-    location, rows = find_model(model), arguments["batch_size"]
-    divided = load_divided(location, world, device.dtype(arguments["dtype"]), rows, arguments["trust_checkpoint"])
-    tokenizer = Tokenizer.load(location.tokenizer)
-    result = evaluate(divided, tokenizer, Path(arguments["data"]), arguments["split"], arguments["samples"], rows)
+    location, rows, dtype = find_model(model), arguments["batch_size"], device.dtype(arguments["dtype"])
+    divided = load_divided(location, world, dtype, rows, arguments["trust_checkpoint"])
+    tokenizer = load_tokenizer(location)
+    if way == "data":
+        result = evaluate(divided, tokenizer, Path(arguments["data"]), arguments["split"], arguments["samples"], rows)
+        lines, found = loss_lines(result), result.as_dict()
+    else:
+        output = arguments["output"] if world.is_main else None
+        loaded = Loaded(location, divided.as_one(), tokenizer, device.kind, dtype)
+        lines, found = EVALUATIONS[way](loaded, {**arguments, "output": output})
     if world.is_main and arguments["json"]:
-        print_json({"model": str(location.path), "ranks": world.size, **result.as_dict()})
+        print_json({"model": str(location.path), "ranks": world.size, **found})
     elif world.is_main:
-        for name, value in loss_lines(result):
+        for name, value in lines:
             click.echo(f"{name:<14} {value}")
     distributed.last_barrier()
 

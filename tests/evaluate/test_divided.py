@@ -10,8 +10,12 @@ import sys
 import pytest
 
 from dsgpt.checkpoint.divided import load_divided
+from dsgpt.checkpoint.inference import load_tokenizer
 from dsgpt.checkpoint.weights import find_model, load_model
-from dsgpt.evaluate.loss import evaluate_dataset, evaluate_divided
+from dsgpt.evaluate.answers import evaluate_answers
+from dsgpt.evaluate.choices import evaluate_choices
+from dsgpt.evaluate.loss import evaluate_dataset, evaluate_divided, evaluate_texts
+from dsgpt.evaluate.questions import PromptWriter, Question
 from dsgpt.tokenizer.tokenizer import Tokenizer
 from tests.hf_models import make_hf_folder
 from tests.integration.test_resume import train_here
@@ -49,6 +53,38 @@ def test_a_divided_model_has_the_loss_of_the_whole_one(kind, dataset, tmp_path):
     assert share < 0.55
 
 
+def said_of(model, tokenizer, questions, texts):
+    """(answers, what of choices is likely, loss of texts)."""
+    writer = PromptWriter(tokenizer, None, model.config.max_position_embeddings, 6)
+    answers = evaluate_answers(model, tokenizer, questions, writer, batch_size=3)
+    choices = evaluate_choices(model, tokenizer, questions, writer)
+    return answers.answers, answers.losses, choices.chosen, choices.loss, evaluate_texts(model, tokenizer, texts).loss
+
+
+def said_divided(world, place, questions, texts):
+    location = find_model(str(place))
+    model = load_divided(location, world, "fp32", 2).as_one()
+    held = sum(p.ds_tensor.numel() for p in model.parameters()) / sum(p.ds_numel for p in model.parameters())
+    return said_of(model, load_tokenizer(location), questions, texts), held
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+def test_a_divided_model_answers_and_chooses_as_the_whole_one(kind, dataset, tmp_path):
+    make_hf_folder(tmp_path / "model", kind, dataset.parent / "tokenizer", 300)
+    location = find_model(str(tmp_path / "model"))
+    choices = ("a value", "None", "some other thing")
+    questions = [
+        Question((), "", text, choices[i % 3], choices)
+        for i, text in enumerate(("import os", "def f(x):", "if a", "for"))
+    ]
+    texts = ["def f(x):\n    return x\n" * 9, "class A: pass"]
+    whole = said_of(load_model(location), load_tokenizer(location), questions, texts)
+    (one, held), (other, _) = ranks(2).run(said_divided, tmp_path / "model", questions, texts)
+    assert one == other and held < 0.55
+    assert one[0] == whole[0] and one[2] == whole[2] and any(whole[0])
+    assert (*one[1], one[3], one[4]) == pytest.approx((*whole[1], whole[3], whole[4]), rel=1e-4)
+
+
 @pytest.mark.slow
 def test_the_command_starts_its_ranks_and_fails_with_the_codes_of_the_contract(dataset, tmp_path):
     make_hf_folder(tmp_path / "model", "llama", dataset.parent / "tokenizer", 300)
@@ -61,5 +97,13 @@ def test_the_command_starts_its_ranks_and_fails_with_the_codes_of_the_contract(d
     two, one = json.loads(divided.stdout), json.loads(whole.stdout)
     assert two["ranks"] == 2 and two["tokens"] == one["tokens"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    text = tmp_path / "a text.txt"
+    text.write_text("def f(x):\n    return x\n" * 9)
+    words = [sys.executable, "-m", "dsgpt", "evaluate", tmp_path / "model", "--text", text, "--text", text, "--json"]
+    told = [
+        json.loads(subprocess.run([*map(str, words), *more], capture_output=True, text=True, timeout=300).stdout)
+        for more in ((), ("--num-processes", "2"))
+    ]
+    assert told[1]["loss"] == pytest.approx(told[0]["loss"], rel=1e-5) and told[1]["tokens"] == told[0]["tokens"]
     wrong = run("--num-processes", 2, "--split", "none")
     assert wrong.returncode == 65 and wrong.stderr.count("dsgpt evaluate:") == 1
