@@ -7,7 +7,6 @@ are told to stay offline, so that a test that needs the network fails here and n
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -76,9 +75,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """A process for each core, of two or more ranks at times; for tests that are named on the command line none besides
     this one, where a debugger works, nor for those that share a cluster or a device."""
-    shared = re.search(r"(?<!not )\b(slurm|gpu)\b", config.getoption("markexpr"))
-    named = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
-    return 0 if named or shared else min(8, len(os.sched_getaffinity(0)))
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return 0
+    left_out = config.getoption("markexpr")
+    shared = [tier for tier, why in UNAVAILABLE.items() if f"not {tier}" not in left_out and not why()]
+    return 0 if shared else min(8, len(os.sched_getaffinity(0)))
 
 
 @pytest.hookimpl(optionalhook=True)

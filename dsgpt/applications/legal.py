@@ -103,12 +103,13 @@ def _contracts(record: Mapping[str, Any]) -> Iterator[Example]:
     texts = answers.get("text") if isinstance(answers, Mapping) else None
     if texts is None or "context" not in record or "question" not in record:
         raise _unknown("contract with a question and its answers", record)
-    context = text_in(record, "context")
-    # One that the contract does not answer teaches no passage: it is left out and counted with those without an answer.
-    first, *others = list(dict.fromkeys(texts)) or [""]
-    question = task(f"{FIND} {text_in(record, 'question')}", context, first)
-    more = {"other_answers": others} if others else {}
-    yield Example("contracts", name_of(record, "title"), question | more, document=context)
+    asked, name = f"{FIND} {text_in(record, 'question')}", name_of(record, "title")
+    if not (found := [text for text in dict.fromkeys(texts) if text.strip()]):
+        # The contract does not answer it: left out, and counted with those without an answer.
+        yield Example("contracts", name, task(asked, "", ""))
+        return
+    context, more = text_in(record, "context"), {"other_answers": found[1:]} if found[1:] else {}
+    yield Example("contracts", name, task(asked, context, found[0]) | more, document=context)
 
 
 def _unknown(what: str, record: Mapping[str, Any]) -> DataError:

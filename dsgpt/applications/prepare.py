@@ -95,7 +95,7 @@ def prepare(
         parts = (part for one in examples for part in _messages(one, writer, counts[side], one.kind in extracted))
         _write(output / f"{'train-tenth' if side == 'tenth' else side}.jsonl", parts)
     if long_input == "refuse":
-        _refuse_cut(counts.values())
+        _refuse_cut([counts[side] for side in ("train", "validation", "test")])
     kinds = {kind: {**numbers, "empty": empty[kind]} for kind, numbers in split.counts().items()}
     for kind, numbers in kinds.items():
         train, test = ([one for one in side if one.kind == kind] for side in (split.train, split.test))

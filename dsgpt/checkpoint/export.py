@@ -133,7 +133,10 @@ def _config(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> di
 def _generation_config(facts: Facts, tokenizer: Tokenizer) -> dict[str, Any]:
     """The base model's own, with the end token of this tokenizer, which may be that of a chat; else just the tokenizer's."""
     ours = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    theirs = facts.base.read("generation_config.json") if facts.base else {}
+    theirs: dict[str, Any] = {}
+    if facts.base:  # where there is none, config.json says what ends a text
+        ends = facts.base.read("config.json").get("eos_token_id")
+        theirs = facts.base.read("generation_config.json") or ({} if ends is None else {"eos_token_id": ends})
     ends = theirs.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if ends and tokenizer.eos_id is not None and tokenizer.eos_id not in ends:

@@ -93,7 +93,7 @@ def _fitting(talk: Chat, messages: list[dict[str, Any]], begin: int, loaded: Loa
             break
         del messages[begin : begin + 2]
         left_out += 1
-    if left_out:
+    if left_out and room > 0:
         click.echo(f"[the context is full: the oldest {left_out} exchanges are left out]", err=True)
     return prompt
 

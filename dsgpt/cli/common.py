@@ -14,9 +14,15 @@ import click
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """One JSON object on stdout. Numbers that JSON does not have become null."""
+    click.echo(json.dumps(_finite(value), indent=indent, default=str))
+
+
+def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        value = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
-    click.echo(json.dumps(value, indent=indent, default=str))
+        return {key: _finite(its) for key, its in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(its) for its in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

@@ -55,6 +55,7 @@ def evaluate(model: str, device: str, dtype: str, trust_checkpoint: bool, as_jso
     chosen = [name for name in _WAYS if options[name]]
     if len(chosen) != 1:
         raise click.UsageError("give one of --text, --data, --answers, --choices and --harness")
+    _check(options)
     if options["num_processes"]:
         from dsgpt.cli.evaluate_divided import evaluate_divided
 
@@ -71,6 +72,16 @@ def evaluate(model: str, device: str, dtype: str, trust_checkpoint: bool, as_jso
         return
     for name, value in lines:
         click.echo(f"{name:<14} {value}")
+
+
+def _check(options: dict[str, Any]) -> None:
+    """What can be told before a model is loaded and asked for hours."""
+    from dsgpt.cli.using import read_template
+
+    if options["chat_template"] != "none":
+        read_template(options["chat_template"])
+    if options["output"] and not options["output"].parent.is_dir():
+        raise click.UsageError(f"--output {options['output']}: there is no such folder")
 
 
 Result = tuple[list[tuple[str, str]], dict[str, Any]]

@@ -10,6 +10,8 @@ those that dsgpt trains do. Tasks whose data lie on the Hub need it in the cache
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +33,8 @@ _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_toke
 def run_tasks(
     loaded: Loaded, tasks: Sequence[str], folder: Path | None = None, limit: int | None = None, batch_size: int = 16
 ) -> dict[str, Any]:
-    """The harness's results by task: each metric and its standard error. Raises ConfigError for tasks that are not there."""
+    """The harness's results by task: each metric and its standard error. Of several ranks, only those with LOCAL_RANK 0
+    have any. Raises ConfigError for tasks that are not there."""
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -42,8 +45,11 @@ def run_tasks(
         do = "lm_eval ls tasks lists those of the harness; --harness-folder names a folder with task files of your own"
         raise ConfigError("there is no such task", seen=", ".join(unknown), do=do)
     model = _harness_model(loaded, batch_size)
-    done = lm_eval.simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False)
-    return dict(done["results"])
+    with contextlib.redirect_stdout(sys.stderr):  # it prints of its progress, and stdout may be JSON
+        done = lm_eval.simple_evaluate(
+            model=model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
+        )
+    return dict(done["results"]) if done else {}
 
 
 def _harness_model(loaded: Loaded, batch_size: int) -> Any:
@@ -116,7 +122,7 @@ def _texts(loaded: Loaded, requests: Sequence[tuple[str, dict[str, Any]]], batch
     alike: dict[Sampling, list[int]] = defaultdict(list)
     for number, (_, options) in enumerate(requests):
         alike[_sampling(options)].append(number)
-    eos, context = loaded.tokenizer.eos_id, Decoder(loaded.model).context
+    context = Decoder(loaded.model).context
     for sampling, numbers in alike.items():
         room = context - sampling.max_new_tokens
         if room <= 0:
@@ -125,7 +131,7 @@ def _texts(loaded: Loaded, requests: Sequence[tuple[str, dict[str, Any]]], batch
             raise ConfigError("the task leaves no room for its prompts in the model's context", seen=seen, do=do)
         prompts = [
             # Of a prompt that is longer its end counts, as with the harness's own models.
-            Prompt(_with_begin(loaded, requests[number][0])[-room:], () if eos is None else (eos,))
+            Prompt(_with_begin(loaded, requests[number][0])[-room:], loaded.tokenizer.end_ids)
             for number in numbers
         ]
         done = complete(loaded.model, loaded.tokenizer, prompts, sampling, batch_size)

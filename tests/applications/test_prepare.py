@@ -115,7 +115,7 @@ def test_a_contract_is_made_of_all_passages_of_a_document():
     assert (found[4].record["instruction"], found[4].record["output"]) == (f"{legal.FIND} says 1", "passage 1 of it.")
     assert len({one.group for one in found}) == 1
     cuad = {"title": "C", "context": "All of it.", "question": "Who?", "answers": {"text": ["it"], "answer_start": [7]}}
-    several = {"text": ["it", "All", "it"], "answer_start": [7, 0, 7]}
+    several = {"text": ["it", "All", "", "it"], "answer_start": [7, 0, 0, 7]}
     one, none, two = legal.examples(
         "contracts", [cuad, {**cuad, "answers": {"text": []}}, {**cuad, "answers": several}]
     )

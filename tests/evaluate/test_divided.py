@@ -17,6 +17,7 @@ from dsgpt.evaluate.choices import evaluate_choices
 from dsgpt.evaluate.loss import evaluate_dataset, evaluate_divided, evaluate_texts
 from dsgpt.evaluate.questions import PromptWriter, Question
 from dsgpt.tokenizer.tokenizer import Tokenizer
+from tests.evaluate.test_questions import TASK, write
 from tests.hf_models import make_hf_folder
 from tests.integration.test_resume import train_here
 from tests.pool import ranks
@@ -99,11 +100,26 @@ def test_the_command_starts_its_ranks_and_fails_with_the_codes_of_the_contract(d
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     text = tmp_path / "a text.txt"
     text.write_text("def f(x):\n    return x\n" * 9)
-    words = [sys.executable, "-m", "dsgpt", "evaluate", tmp_path / "model", "--text", text, "--text", text, "--json"]
-    told = [
-        json.loads(subprocess.run([*map(str, words), *more], capture_output=True, text=True, timeout=300).stdout)
-        for more in ((), ("--num-processes", "2"))
-    ]
-    assert told[1]["loss"] == pytest.approx(told[0]["loss"], rel=1e-5) and told[1]["tokens"] == told[0]["tokens"]
+    (tmp_path / "tasks").mkdir()
+    rows = write(tmp_path / "rows.jsonl", [{"q": word, "c": [" x", " os"], "a": 1} for word in ("import", "def")])
+    choice = TASK.format(kind="multiple_choice", path=rows) + 'doc_to_choice: "{{c}}"\ndoc_to_target: "{{a}}"\n'
+    (tmp_path / "tasks/choice.yaml").write_text(choice)
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    for asked in (
+        ("--text", text, "--text", text),
+        ("--harness", "ours_multiple_choice", "--harness-folder", tmp_path / "tasks"),
+    ):
+        words = [sys.executable, "-m", "dsgpt", "evaluate", tmp_path / "model", *asked, "--json"]
+        one, two = (
+            subprocess.run([*map(str, words), *more], capture_output=True, text=True, timeout=300, env=environment)
+            for more in ((), ("--num-processes", "2"))
+        )
+        assert two.returncode == 0, two.stderr
+        whole, divided = json.loads(one.stdout), json.loads(two.stdout)
+        assert divided.pop("ranks") == 2
+        if "loss" in whole:
+            assert divided.pop("loss") == pytest.approx(whole.pop("loss"), rel=1e-5)
+            whole, divided = whole["tokens"], divided["tokens"]
+        assert divided == whole
     wrong = run("--num-processes", 2, "--split", "none")
     assert wrong.returncode == 65 and wrong.stderr.count("dsgpt evaluate:") == 1
