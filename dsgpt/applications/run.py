@@ -27,6 +27,7 @@ import numpy as np
 
 from dsgpt.applications.news import lead
 from dsgpt.applications.prepare import SUMMARY, application
+from dsgpt.applications.records import Shares
 from dsgpt.checkpoint.weights import ModelLocation, find_model, read_model_config
 from dsgpt.commands import Commands, fingerprint, keep_options, write_text
 from dsgpt.config.model import HFModelConfig, ModelConfig
@@ -73,6 +74,7 @@ class Comparison:
     seq_length: int | None = None
     last_blocks: int = 2
     long_input: str = "lead"
+    test_share: float = Shares.test
     general: Path | None = None  # a prepared dataset of general text, to see what is forgotten
     grid: bool = True
     seed: int = 1234
@@ -146,7 +148,7 @@ class Comparison:
             ]
             words += [word for key, number in self.limits.items() for word in ("--limit", f"{key}={number}")]
             words += ["--long-input", "refuse"] if self.long_input == "refuse" else []
-            words += ["--seed", str(self.seed), "--output", str(self._data)]
+            words += ["--test-share", str(self.test_share), "--seed", str(self.seed), "--output", str(self._data)]
             self._commands.run("prepare", "application", "prepare", self.name, *tokenizer, *words)
         for side, name in (("train", "data"), ("train-tenth", "tenth"), ("validation", "validation"), ("test", "test")):
             if (self.grid or name != "tenth") and not (self.folder / name / "dataset.json").exists():

@@ -40,6 +40,8 @@ def application() -> None:
 @click.option("--limit", "limits", multiple=True, type=Pair(), help="KIND=N: only so many examples to train on.")
 @click.option("--long-input", type=click.Choice(("lead", "refuse")), default="lead", show_default=True,
               help="Of an input longer than a sequence, what is trained on.")  # fmt: skip
+@click.option("--test-share", default=0.1, show_default=True, type=click.FloatRange(0, 0.9, min_open=True),
+              help="Of the conversations and documents, held out to test with; more make intervals narrower.")  # fmt: skip
 @click.option("--seed", default=1234, show_default=True, help="Decides what is held out.")
 def prepare(
     name: str,
@@ -49,6 +51,7 @@ def prepare(
     output: Path,
     limits: tuple[tuple[str, str], ...],
     long_input: Literal["lead", "refuse"],
+    test_share: float,
     seed: int,
 ) -> None:
     """Turn public data into conversations to train on and questions to measure with.
@@ -61,11 +64,12 @@ def prepare(
     The schemas are in the README. A data set of the Hub is hf:NAME, also hf:NAME:CONFIG@REVISION#SPLIT.
     """
     from dsgpt.applications import prepare as module
+    from dsgpt.applications.records import Shares
     from dsgpt.tokenizer import Tokenizer
 
     module.prepare(
-        name, _by_key(sources), output, Tokenizer.load(tokenizer), seq_length, seed, limits=_numbers(limits),
-        long_input=long_input, report=click.echo,
+        name, _by_key(sources), output, Tokenizer.load(tokenizer), seq_length, seed, Shares(test=test_share),
+        _numbers(limits), long_input, click.echo,
     )  # fmt: skip
     click.echo(f"next: dsgpt data prepare-chat {output}/train.jsonl --tokenizer {tokenizer} --seq-length {seq_length} "
                f"--output DIR")  # fmt: skip
@@ -113,6 +117,8 @@ def base(texts: tuple[str, ...], output_dir: Path, vocab_size: int, overrides: t
 @click.option(
     "--last-blocks", default=2, show_default=True, type=click.IntRange(1), help="So many in the way of that name."
 )
+@click.option("--test-share", default=0.1, show_default=True, type=click.FloatRange(0, 0.9, min_open=True),
+              help="Of the conversations and documents, held out to test with; more make intervals narrower.")  # fmt: skip
 @click.option("--seed", default=1234, show_default=True, help="Decides what is held out, and of every training.")
 def run(
     name: str,
@@ -125,6 +131,7 @@ def run(
     max_new_tokens: int | None,
     seq_length: int | None,
     long_input: str,
+    test_share: float,
     no_grid: bool,
     overrides: tuple[str, ...],
     rates: tuple[tuple[str, str], ...],
@@ -139,7 +146,7 @@ def run(
 
     comparison = Comparison(
         name, _by_key(sources), base, output_dir, _numbers(limits), overrides, _rates(rates), samples, max_new_tokens,
-        seq_length, last_blocks, long_input, general, not no_grid, seed,
+        seq_length, last_blocks, long_input, test_share, general, not no_grid, seed,
     )  # fmt: skip
     _print(comparison.run(), output_dir)
 

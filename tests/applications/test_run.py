@@ -196,7 +196,7 @@ def documents(tmp_path):
 @pytest.mark.parametrize("name, make", [("support", customers), ("legal", documents)])
 def test_every_kind_of_question_is_asked_and_shown(name, make, model_folder, tmp_path):
     words = ["application", "run", name, "--base", model_folder, "--output-dir", tmp_path / "out", "--no-grid"]
-    words += ["--samples", 3, "--max-new-tokens", 8, "--long-input", "chunk_and_merge"]
+    words += ["--samples", 3, "--max-new-tokens", 8, "--long-input", "chunk_and_merge", "--test-share", 0.3]
     for kind, records in make(tmp_path).items():
         words += ["--source", f"{kind}={write(tmp_path / f'{kind}.jsonl', records)}"]
     for override in ("num_epochs=null", "max_steps=2", "global_batch_size=2"):
@@ -214,6 +214,11 @@ def test_every_kind_of_question_is_asked_and_shown(name, make, model_folder, tmp
         assert read["in pieces"] == 3 and read["pieces"] > 6 and "in pieces" in done.stdout
     for kind in make(tmp_path):
         assert f"{kind}: 3 questions" in done.stdout
+    told = json.loads((tmp_path / "out/application/summary.json").read_text())["kinds"]
+    groups = [
+        numbers["test"] / (numbers["train"] + numbers["validation"] + numbers["test"]) for numbers in told.values()
+    ]
+    assert 0.2 < min(groups) and max(groups) < 0.45
 
 
 @pytest.mark.slow
