@@ -11,6 +11,14 @@ import click
 NAMES = ("support", "news", "legal")
 _SOURCE_HELP = "What to read as what: KIND=PATH or KIND=hf:NAME; may be given several times."
 
+_test_share = click.option(
+    "--test-share",
+    default=0.1,
+    show_default=True,
+    type=click.FloatRange(0, 0.9, min_open=True),
+    help="Of the conversations and documents, held out to test with; more make intervals narrower.",
+)
+
 
 class Pair(click.ParamType[tuple[str, str]]):
     """KEY=VALUE."""
@@ -40,8 +48,7 @@ def application() -> None:
 @click.option("--limit", "limits", multiple=True, type=Pair(), help="KIND=N: only so many examples to train on.")
 @click.option("--long-input", type=click.Choice(("lead", "refuse")), default="lead", show_default=True,
               help="Of an input longer than a sequence, what is trained on.")  # fmt: skip
-@click.option("--test-share", default=0.1, show_default=True, type=click.FloatRange(0, 0.9, min_open=True),
-              help="Of the conversations and documents, held out to test with; more make intervals narrower.")  # fmt: skip
+@_test_share
 @click.option("--seed", default=1234, show_default=True, help="Decides what is held out.")
 def prepare(
     name: str,
@@ -117,8 +124,7 @@ def base(texts: tuple[str, ...], output_dir: Path, vocab_size: int, overrides: t
 @click.option(
     "--last-blocks", default=2, show_default=True, type=click.IntRange(1), help="So many in the way of that name."
 )
-@click.option("--test-share", default=0.1, show_default=True, type=click.FloatRange(0, 0.9, min_open=True),
-              help="Of the conversations and documents, held out to test with; more make intervals narrower.")  # fmt: skip
+@_test_share
 @click.option("--seed", default=1234, show_default=True, help="Decides what is held out, and of every training.")
 def run(
     name: str,

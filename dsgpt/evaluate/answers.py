@@ -70,12 +70,8 @@ def score(references: Sequence[Sequence[str]], answers: Sequence[str]) -> dict[s
     numbers = rouge([one for one, _ in pairs], [answer for _, answer in pairs])
     numbers["token_f1"] = [token_f1(*pair) for pair in pairs]
     numbers["exact_match"] = [exact_match(*pair) for pair in pairs]
-    ends = list(itertools.accumulate(map(len, references)))
-    starts = [0, *ends][: len(ends)]
-    return {
-        name: [max(values[start:end]) for start, end in zip(starts, ends, strict=True)]
-        for name, values in numbers.items()
-    }
+    of_each = {name: iter(values) for name, values in numbers.items()}
+    return {name: [max(itertools.islice(values, len(its))) for its in references] for name, values in of_each.items()}
 
 
 def write_answers(
